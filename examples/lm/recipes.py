@@ -1,0 +1,78 @@
+"""The optimizers to choose from, each a short sentence over the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import shampoo_func as sf
+
+__all__ = ["RECIPES", "Recipe", "build"]
+
+WARMUP = 0.1
+"""Fraction of the steps that warm the learning rate up."""
+
+FLOOR = 0.0
+"""Fraction of the peak learning rate that the cosine ends at."""
+
+BETAS = {"beta1": 0.9, "beta2": 0.95}
+WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """An optimizer as a function of its learning rate, and the peak rate that suits it."""
+
+    make: Callable[[Any], sf.Transformation]
+    learning_rate: float
+
+
+def _adamw(learning_rate: Any) -> sf.Transformation:
+    return sf.adamw(learning_rate, weight_decay=WEIGHT_DECAY, **BETAS)
+
+
+def _shampoo(learning_rate: Any) -> sf.Transformation:
+    return sf.shampoo(
+        learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        block_size=256,
+        refresh_every=10,
+        grafting="adam",
+        **BETAS,
+    )
+
+
+def _sgd(learning_rate: Any) -> sf.Transformation:
+    return sf.sgd(learning_rate, momentum=0.9, nesterov=True)
+
+
+def _rmsprop(learning_rate: Any) -> sf.Transformation:
+    return sf.rmsprop(learning_rate)
+
+
+RECIPES = {
+    "adamw": Recipe(_adamw, 3e-3),
+    "shampoo": Recipe(_shampoo, 6e-3),
+    "sgd": Recipe(_sgd, 3e-1),
+    "rmsprop": Recipe(_rmsprop, 1e-3),
+}
+
+
+def build(name: str, learning_rate: Any, steps: int) -> sf.Transformation:
+    """Return the recipe with gradient clipping and a warmed-up cosine schedule.
+
+    Args:
+        name: A key of `RECIPES`.
+        learning_rate: The peak rate: a number, or a 0-d tensor in a sweep.
+        steps: Length of the whole run.
+    """
+    warmup = max(1, round(WARMUP * steps))
+    schedule = sf.warmup_cosine_decay_schedule(
+        init_value=learning_rate / warmup,
+        peak_value=learning_rate,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=FLOOR * learning_rate,
+    )
+    return sf.chain(sf.clip_by_global_norm(1.0), RECIPES[name].make(schedule))

@@ -1,0 +1,106 @@
+"""Parameters to stacks of blocks and back again, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_func.blocks.plan import BlockPlan, ParameterPlan, Tile
+from shampoo_func.linalg._shapes import Float
+
+__all__ = ["gather", "present_rows", "scatter"]
+
+
+def gather(plan: BlockPlan, leaves: Sequence[Tensor | None]) -> dict[str, Float[Tensor, "n ..."]]:
+    """Stack the blocks of all tensors that are there, `[n_blocks, d1, ..., dk]` per stack.
+
+    Args:
+        plan: The plan for tensors of these shapes.
+        leaves: One tensor per planned parameter; None leaves its blocks out.
+
+    Returns:
+        A stack per block shape; one without any block is left out.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name, _ in plan.stacks}
+    for parameter, leaf in zip(plan.parameters, leaves, strict=True):
+        if leaf is None or not parameter.tiles:
+            continue
+        merged = leaf.reshape(parameter.merged)
+        for tile in parameter.tiles:
+            parts[tile.stack].append(_blocks_of(merged, tile))
+    return {name: _concatenate(stack, 0) for name, stack in parts.items() if stack}
+
+
+def present_rows(plan: BlockPlan, present: Sequence[bool]) -> dict[str, list[int]]:
+    """Return, per stack, the rows that belong to parameters that are present."""
+    rows: dict[str, list[int]] = {name: [] for name, _ in plan.stacks}
+    for parameter, there in zip(plan.parameters, present, strict=True):
+        for tile in parameter.tiles if there else ():
+            rows[tile.stack].extend(range(tile.row, tile.row + tile.count))
+    return rows
+
+
+def scatter(
+    plan: BlockPlan, stacks: dict[str, Float[Tensor, "n ..."]], like: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Undo `gather`: cut the stacks and lay the blocks back where they came from.
+
+    Args:
+        plan: The plan that the stacks were gathered with.
+        stacks: What `gather` returned, with new values.
+        like: The gathered tensors; each result has the dtype and strides of its partner.
+    """
+    taken = dict.fromkeys(stacks, 0)
+    results: list[Tensor | None] = []
+    for parameter, leaf in zip(plan.parameters, like, strict=True):
+        if leaf is None or not parameter.tiles:
+            results.append(leaf)
+            continue
+        tiles = []
+        for tile in parameter.tiles:
+            first = taken[tile.stack]
+            taken[tile.stack] = first + tile.count
+            tiles.append(_rectangle_of(stacks[tile.stack][first : first + tile.count], tile))
+        whole = _assemble(tiles, parameter).reshape(parameter.shape)
+        results.append(_laid_out_as(whole.to(leaf.dtype), leaf))
+    return results
+
+
+def _blocks_of(merged: Tensor, tile: Tile) -> Tensor:
+    """Return the blocks of one tile, `[count, d1, ..., dk]`, in row-major order."""
+    order = len(tile.block)
+    part = merged
+    for dim, (start, grid, size) in enumerate(zip(tile.start, tile.grid, tile.block, strict=True)):
+        part = part.narrow(dim, start, grid * size)
+    split = [size for pair in zip(tile.grid, tile.block, strict=True) for size in pair]
+    axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
+    return part.reshape(split).permute(axes).reshape(tile.count, *tile.block)
+
+
+def _rectangle_of(blocks: Tensor, tile: Tile) -> Tensor:
+    """Undo `_blocks_of`."""
+    order = len(tile.block)
+    axes = [axis for dim in range(order) for axis in (dim, order + dim)]
+    sizes = [grid * size for grid, size in zip(tile.grid, tile.block, strict=True)]
+    return blocks.reshape(*tile.grid, *tile.block).permute(axes).reshape(sizes)
+
+
+def _assemble(tiles: list[Tensor], parameter: ParameterPlan) -> Tensor:
+    """Join the tiles of a parameter, last dimension first."""
+    for dim in reversed(range(len(parameter.segments))):
+        width = parameter.segments[dim]
+        tiles = [_concatenate(tiles[i : i + width], dim) for i in range(0, len(tiles), width)]
+    return tiles[0]
+
+
+def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """Give `tensor` the strides of a dense `like` (channels_last, transposed ...)."""
+    order = sorted(range(like.ndim), key=lambda dim: (-like.stride(dim), dim))
+    back = sorted(range(like.ndim), key=lambda position: order[position])
+    return tensor.permute(order).contiguous().permute(back)

@@ -1,0 +1,25 @@
+"""The four-function protocol's members and combinators. Stacks and linalg, nothing else."""
+
+from shampoo_func.preconditioners.elementwise import (
+    IdentityPreconditioner,
+    SecondMoment,
+    SecondMomentState,
+    identity_preconditioner,
+    second_moment,
+)
+from shampoo_func.preconditioners.graft import Graft, GraftState, graft
+from shampoo_func.preconditioners.kronecker import Kronecker, KroneckerState, kronecker
+
+__all__ = [
+    "Graft",
+    "GraftState",
+    "IdentityPreconditioner",
+    "Kronecker",
+    "KroneckerState",
+    "SecondMoment",
+    "SecondMomentState",
+    "graft",
+    "identity_preconditioner",
+    "kronecker",
+    "second_moment",
+]

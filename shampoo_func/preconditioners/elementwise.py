@@ -1,0 +1,129 @@
+"""Diagonal second moments (Adam, RMSprop, AdaGrad), and no preconditioner at all (SGD)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_func import linalg
+from shampoo_func.errors import check_number
+from shampoo_func.types import EmptyState, Preconditioner, Scalar
+
+__all__ = [
+    "IdentityPreconditioner",
+    "SecondMoment",
+    "SecondMomentState",
+    "identity_preconditioner",
+    "second_moment",
+]
+
+
+class SecondMomentState(NamedTuple):
+    """step: int64 `[n]`, gradients taken in. second_moment: `[n, d1, ..., dk]`, of squares."""
+
+    step: Tensor
+    second_moment: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoment(Preconditioner):
+    """See `second_moment`."""
+
+    beta2: Scalar = 0.999
+    epsilon: Scalar = 1e-8
+    bias_correction: bool = True
+
+    def init(self, block: Tensor) -> SecondMomentState:
+        """Return zeros shaped as the block."""
+        step = torch.zeros((), dtype=torch.int64, device=block.device)
+        return SecondMomentState(step, torch.zeros_like(block))
+
+    def accumulate(self, state: SecondMomentState, grads: Tensor) -> SecondMomentState:
+        """Take the squared gradient into the moving average, or the sum."""
+        if self._sums:
+            moment = state.second_moment + grads * grads
+        else:
+            moment = linalg.ema(state.second_moment, grads * grads, self.beta2)
+        return SecondMomentState(state.step + 1, moment)
+
+    def refresh(self, state: SecondMomentState) -> SecondMomentState:
+        """Return the state as it is: nothing is derived from the moment."""
+        return state
+
+    def apply(self, state: SecondMomentState, updates: Tensor) -> Tensor:
+        """Divide by the root of the (corrected) moment plus epsilon."""
+        moment = state.second_moment
+        if self.bias_correction and not self._sums:
+            step = state.step.clamp(min=1)  # a block without gradients would divide 0 by 0
+            moment = moment / linalg.bias_correction(self.beta2, step, moment)
+        # the derivative of a root at 0 is infinite; the clamp changes no other value
+        deviation = moment.clamp(min=torch.finfo(moment.dtype).tiny).sqrt()
+        return (updates / (deviation + linalg.align(self.epsilon, deviation))).to(updates.dtype)
+
+    @property
+    def _sums(self) -> bool:
+        return not isinstance(self.beta2, Tensor) and self.beta2 == 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityPreconditioner(Preconditioner):
+    """See `identity_preconditioner`."""
+
+    def init(self, block: Tensor) -> EmptyState:
+        """Return the empty state."""
+        return EmptyState()
+
+    def accumulate(self, state: EmptyState, grads: Tensor) -> EmptyState:
+        """Return the empty state."""
+        return state
+
+    def refresh(self, state: EmptyState) -> EmptyState:
+        """Return the empty state."""
+        return state
+
+    def apply(self, state: EmptyState, updates: Tensor) -> Tensor:
+        """Return the updates unchanged."""
+        return updates
+
+
+def second_moment(
+    beta2: Scalar = 0.999, *, epsilon: Scalar = 1e-8, bias_correction: bool = True
+) -> SecondMoment:
+    """Diagonal preconditioner: U / (sqrt(V / (1 - beta2^t)) + epsilon).
+
+    V <- beta2 V + (1 - beta2) G*G is Adam's second moment; without bias correction RMSprop's;
+    with beta2 = 1, V <- V + G*G, AdaGrad's.
+
+    Args:
+        beta2: Decay, a number in (0, 1] or a 0-d tensor; the number 1 means AdaGrad's sum.
+        epsilon: Added to the root, in the units of the gradient.
+        bias_correction: Whether to divide V by 1 - beta2^t.
+
+    Raises:
+        HyperparameterError: If a number is out of range.
+
+    Source: arXiv 1412.6980 (Adam), algorithm 1; JMLR 12 (2011) 2121 (AdaGrad).
+
+    Example:
+        >>> tx = second_moment(beta2=1.0, epsilon=0.0)
+        >>> state = tx.accumulate(tx.init(torch.zeros(2)), torch.tensor([3.0, -4.0]))
+        >>> tx.apply(state, torch.tensor([3.0, -4.0]))
+        tensor([ 1., -1.])
+    """
+    check_number("beta2", beta2, high=1.0, low_open=True)
+    check_number("epsilon", epsilon)
+    return SecondMoment(beta2, epsilon, bias_correction)
+
+
+def identity_preconditioner() -> IdentityPreconditioner:
+    """No preconditioner: the direction of SGD, as the direction or the magnitude of a graft.
+
+    Example:
+        >>> tx = identity_preconditioner()
+        >>> tx.apply(tx.init(torch.zeros(2)), torch.tensor([3.0, -4.0]))
+        tensor([ 3., -4.])
+    """
+    return IdentityPreconditioner()

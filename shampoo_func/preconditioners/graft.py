@@ -1,0 +1,102 @@
+"""Grafting: the direction of one preconditioner with the magnitude of another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_func import linalg
+from shampoo_func.errors import HyperparameterError
+from shampoo_func.types import Preconditioner
+
+__all__ = ["Graft", "GraftState", "graft"]
+
+_TINY = 1e-16
+
+
+class GraftState(NamedTuple):
+    """direction, magnitude: the two preconditioners' states. started: bool `[n]`, refreshed yet."""
+
+    direction: Any
+    magnitude: Any
+    started: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Graft(Preconditioner):
+    """See `graft`."""
+
+    direction: Preconditioner
+    magnitude: Preconditioner
+
+    def init(self, block: Tensor) -> GraftState:
+        """Return both states for one block."""
+        started = torch.zeros((), dtype=torch.bool, device=block.device)
+        return GraftState(self.direction.init(block), self.magnitude.init(block), started)
+
+    def accumulate(self, state: GraftState, grads: Tensor) -> GraftState:
+        """Take the gradient into both."""
+        return state._replace(
+            direction=self.direction.accumulate(state.direction, grads),
+            magnitude=self.magnitude.accumulate(state.magnitude, grads),
+        )
+
+    def refresh(self, state: GraftState) -> GraftState:
+        """Refresh both; the direction is used from now on."""
+        return GraftState(
+            self.direction.refresh(state.direction),
+            self.magnitude.refresh(state.magnitude),
+            torch.ones_like(state.started),
+        )
+
+    def apply(self, state: GraftState, updates: Tensor) -> Tensor:
+        """Rescale the direction, block by block, to the norm of the grafted method's update."""
+        batch = state.started.ndim
+        magnitude = self.magnitude.apply(state.magnitude, updates)
+        direction = self.direction.apply(state.direction, updates)
+        ratio = _norm(magnitude, batch) / (_norm(direction, batch) + _TINY)
+        grafted = linalg.scaled(direction, ratio)
+        started = state.started.reshape(state.started.shape + (1,) * (updates.ndim - batch))
+        return torch.where(started, grafted, magnitude)
+
+
+def _norm(blocks: Tensor, batch: int) -> Tensor:
+    """Return the Frobenius norm of every block, in at least float32."""
+    flat = blocks.reshape(blocks.shape[:batch] + (-1,))
+    return torch.linalg.vector_norm(flat, dim=-1, dtype=linalg.compute_dtype(blocks.dtype))
+
+
+def graft(*, direction: Preconditioner, magnitude: Preconditioner) -> Graft:
+    """Take the direction of one preconditioner and, per block, the norm of another.
+
+    With D and M the two updates of a block, the result is D |M| / (|D| + 1e-16). Until the
+    first refresh the result is M, the grafted method's own update.
+
+    Args:
+        direction: Gives the direction, e.g. `kronecker()`.
+        magnitude: Gives the norm, e.g. `second_moment()` for Adam or RMSprop grafting,
+            `identity_preconditioner()` for SGD grafting.
+
+    Raises:
+        HyperparameterError: If either is no preconditioner.
+
+    Source: arXiv 2002.11803; arXiv 2309.06497, section 3.2.
+
+    Example:
+        >>> from shampoo_func.preconditioners import identity_preconditioner, second_moment
+        >>> tx = graft(direction=second_moment(), magnitude=identity_preconditioner())
+        >>> g = torch.tensor([3.0, 4.0])
+        >>> state = tx.refresh(tx.accumulate(tx.init(g), g))
+        >>> torch.linalg.vector_norm(tx.apply(state, g))
+        tensor(5.)
+    """
+    for name, value in (("direction", direction), ("magnitude", magnitude)):
+        if not isinstance(value, Preconditioner):
+            raise HyperparameterError(
+                f"{name} must be a preconditioner such as kronecker() or second_moment(), "
+                f"got {value!r}."
+            )
+    return Graft(direction, magnitude)

@@ -1,0 +1,141 @@
+"""Many runs at once: an optimizer vmapped over its hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_func import tree
+from shampoo_func.errors import HyperparameterError
+from shampoo_func.types import RefreshSchedule, Transformation, Tree
+
+__all__ = ["Sweep", "stack_copies", "sweep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep(Transformation):
+    """See `sweep`."""
+
+    factory: Callable[..., Transformation]
+    values: tuple[tuple[str, Tensor], ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the transformation inside."""
+        return self._member([value[0] for _, value in self.values]).name
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """The extra arguments of the transformation inside."""
+        return self._member([value[0] for _, value in self.values]).extras
+
+    @property
+    def needs_params(self) -> bool:
+        """Whether the transformation inside needs the parameters."""
+        return self._member([value[0] for _, value in self.values]).needs_params
+
+    @property
+    def refresh_schedules(self) -> frozenset[RefreshSchedule]:
+        """The schedules of the transformation inside."""
+        return self._member([value[0] for _, value in self.values]).refresh_schedules
+
+    def _member(self, values: list[Tensor]) -> Transformation:
+        names = [name for name, _ in self.values]
+        return self.factory(**dict(zip(names, values, strict=True)))
+
+    def init(self, params: Tree) -> Any:
+        """Return the states for stacked parameters, stacked."""
+        tree.check_params(params)
+        flat, structure = tree.flatten(params)
+
+        def init(leaves: list[Tensor], *values: Tensor) -> Any:
+            return self._member(list(values)).init(tree.unflatten(structure, leaves))
+
+        state = torch.func.vmap(init)(flat, *(value for _, value in self.values))
+        return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), state)
+
+    def update(
+        self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, Any]:
+        """Update every member of the sweep with its own hyper-parameters."""
+        self.check_extra(extra)
+        tree.check_updates(updates, params, what="the parameter")
+        flat, structure = tree.flatten(updates)
+        given = [index for index, leaf in enumerate(flat) if leaf is not None]
+        param_leaves, param_structure = tree.flatten(() if params is None else params)
+
+        def update(
+            own: list[Tensor], state: Any, own_params: list[Tensor], *values: Tensor
+        ) -> tuple[list[Tensor], Any]:
+            filled: list[Any] = [None] * len(flat)
+            for index, leaf in zip(given, own, strict=True):
+                filled[index] = leaf
+            whole = None if params is None else tree.unflatten(param_structure, own_params)
+            out, after = self._member(list(values)).update(
+                tree.unflatten(structure, filled), state, whole, **extra
+            )
+            leaves = tree.leaves(out)
+            return [leaves[index] for index in given], after
+
+        present = [flat[index] for index in given]
+        out, after = torch.func.vmap(update)(
+            present, state, param_leaves, *(value for _, value in self.values)
+        )
+        full: list[Any] = [None] * len(flat)
+        for index, leaf in zip(given, out, strict=True):
+            full[index] = leaf
+        return tree.unflatten(structure, full), after
+
+
+def sweep(factory: Callable[..., Transformation], **values: Tensor) -> Sweep:
+    """Run one transformation per value of its hyper-parameters, all at once (`vmap`).
+
+    Parameters, updates and state are stacked: every leaf has the runs first. One call equals
+    the separate calls to rounding. Pass `refresh` as True or False (`refresh_due`): with None
+    roots are computed at every step, since each run might need them.
+
+    Args:
+        factory: Builds the transformation of one run from its hyper-parameters.
+        **values: For each hyper-parameter the values, a 1-D tensor `[runs]`.
+
+    Raises:
+        HyperparameterError: If there are no values, or they are not 1-D tensors of one length.
+
+    Example:
+        >>> from shampoo_func.recipes import sgd
+        >>> tx = sweep(sgd, learning_rate=torch.tensor([0.1, 1.0]))
+        >>> params = stack_copies({"w": torch.ones(1)}, 2)
+        >>> tx.update(params, tx.init(params), params)[0]["w"]
+        tensor([[-0.1000],
+                [-1.0000]])
+    """
+    shapes = {
+        name: tuple(value.shape) if isinstance(value, Tensor) else None
+        for name, value in values.items()
+    }
+    lengths = set(shapes.values())
+    only = next(iter(lengths)) if len(lengths) == 1 else None
+    if only is None or len(only) != 1:
+        raise HyperparameterError(
+            f"sweep needs one or more 1-D tensors of one length, got the shapes {shapes}; build "
+            "a grid with torch.cartesian_prod."
+        )
+    return Sweep(factory, tuple(values.items()))
+
+
+def stack_copies(params: Tree, runs: int) -> Tree:
+    """Return `runs` copies of the parameters, stacked along a new first dimension.
+
+    Args:
+        params: The parameters of one run.
+        runs: How many copies.
+
+    Example:
+        >>> stack_copies({"w": torch.zeros(2)}, 3)["w"].shape
+        torch.Size([3, 2])
+    """
+    return tree.map_params(lambda leaf: torch.stack([leaf] * runs), params)

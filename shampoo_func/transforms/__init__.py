@@ -1,0 +1,107 @@
+"""Transformations: stages, wrappers and combinators with optax's grammar."""
+
+from shampoo_func.transforms.accumulate import Accumulate, AccumulateState, accumulate
+from shampoo_func.transforms.blocked import Blocked, blocked
+from shampoo_func.transforms.chain import Chain, chain
+from shampoo_func.transforms.clipping import (
+    Clip,
+    ClipByGlobalNorm,
+    clip,
+    clip_by_global_norm,
+    global_norm,
+)
+from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
+from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
+from shampoo_func.transforms.hyperparams import (
+    WithHyperparams,
+    WithHyperparamsState,
+    with_hyperparams,
+)
+from shampoo_func.transforms.inspect import BlockView, parameter_state
+from shampoo_func.transforms.momentum import Ema, EmaState, Trace, TraceState, ema, trace
+from shampoo_func.transforms.named import (
+    scale_by_adam,
+    scale_by_rms,
+    scale_by_rss,
+    scale_by_shampoo,
+)
+from shampoo_func.transforms.partition import Masked, Partition, masked, partition
+from shampoo_func.transforms.precondition import Precondition, PreconditionState, precondition
+from shampoo_func.transforms.scaling import (
+    Identity,
+    Scale,
+    ScaleByLearningRate,
+    ScaleBySchedule,
+    ScheduleState,
+    identity,
+    scale,
+    scale_by_learning_rate,
+    scale_by_schedule,
+)
+from shampoo_func.transforms.schedules import (
+    constant_schedule,
+    cosine_decay_schedule,
+    join_schedules,
+    linear_schedule,
+    piecewise_constant_schedule,
+    warmup_cosine_decay_schedule,
+    warmup_stable_decay_schedule,
+)
+
+__all__ = [
+    "Accumulate",
+    "AccumulateState",
+    "AddDecayedWeights",
+    "ApplyIfFinite",
+    "ApplyIfFiniteState",
+    "BlockView",
+    "Blocked",
+    "Chain",
+    "Clip",
+    "ClipByGlobalNorm",
+    "Ema",
+    "EmaState",
+    "Identity",
+    "Masked",
+    "Partition",
+    "Precondition",
+    "PreconditionState",
+    "Scale",
+    "ScaleByLearningRate",
+    "ScaleBySchedule",
+    "ScheduleState",
+    "Trace",
+    "TraceState",
+    "WithHyperparams",
+    "WithHyperparamsState",
+    "accumulate",
+    "add_decayed_weights",
+    "apply_if_finite",
+    "blocked",
+    "chain",
+    "clip",
+    "clip_by_global_norm",
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "ema",
+    "global_norm",
+    "identity",
+    "join_schedules",
+    "linear_schedule",
+    "masked",
+    "parameter_state",
+    "partition",
+    "piecewise_constant_schedule",
+    "precondition",
+    "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_rms",
+    "scale_by_rss",
+    "scale_by_schedule",
+    "scale_by_shampoo",
+    "trace",
+    "warmup_cosine_decay_schedule",
+    "warmup_stable_decay_schedule",
+    "with_hyperparams",
+]

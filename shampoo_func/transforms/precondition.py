@@ -1,0 +1,161 @@
+"""A preconditioner as a transformation: feed it, refresh it on its clock, apply it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from shampoo_func import tree
+from shampoo_func.errors import HyperparameterError, check_choice, check_count
+from shampoo_func.transforms.control import when
+from shampoo_func.transforms.scaling import Identity
+from shampoo_func.types import Preconditioner, RefreshSchedule, Transformation, Tree
+
+__all__ = ["Precondition", "PreconditionState", "precondition"]
+
+
+class PreconditionState(NamedTuple):
+    """State of `precondition`.
+
+    step: int64 counters, one per parameter (one per block inside `blocked`). filter: the
+    filter's state. preconditioner: the preconditioner's state for every parameter.
+    """
+
+    step: Tree
+    filter: Any
+    preconditioner: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Precondition(Transformation):
+    """See `precondition`."""
+
+    preconditioner: Preconditioner
+    filter: Transformation
+    refresh_every: int
+    start: float
+
+    @property
+    def children(self) -> tuple[Transformation, ...]:
+        """The filter."""
+        return (self.filter,)
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """`refresh`, and what the filter understands."""
+        return self.filter.extras | {"refresh"}
+
+    @property
+    def schedule(self) -> RefreshSchedule:
+        """When roots are recomputed."""
+        return RefreshSchedule(self.refresh_every, self.start)
+
+    @property
+    def refresh_schedules(self) -> frozenset[RefreshSchedule]:
+        """The one schedule of this stage."""
+        return frozenset({self.schedule})
+
+    def init(self, params: Tree) -> PreconditionState:
+        """Return the state of filter and preconditioner; every parameter is one block."""
+        return PreconditionState(
+            step=tree.counters(params),
+            filter=self.filter.init(params),
+            preconditioner=tree.map(self.preconditioner.init, params),
+        )
+
+    def update(
+        self,
+        updates: Tree,
+        state: PreconditionState,
+        params: Tree | None = None,
+        **extra: Any,
+    ) -> tuple[Tree, PreconditionState]:
+        """Accumulate the raw gradient, refresh if due, and apply to the filtered gradient."""
+        self.check_extra(extra)
+        refresh = extra.pop("refresh", None)
+        check_choice("refresh", refresh, (None, True, False))
+        tree.check_updates(updates, params, what="the parameter")
+        filtered, filter_state = self.filter.update(updates, state.filter, params, **extra)
+        step = tree.advance_counters(state.step, updates)
+        inner = tree.advance(self.preconditioner.accumulate, state.preconditioner, updates)
+        if refresh is None and not math.isinf(self.start):
+            inner = tree.advance(self._refresh_if_due, inner, updates, step)
+        elif refresh:
+            inner = tree.advance(lambda own, _: self.preconditioner.refresh(own), inner, updates)
+
+        def apply(update: Tensor, direction: Tensor, own: Any) -> Tensor:
+            return self.preconditioner.apply(own, direction).to(update.dtype)
+
+        out = tree.map(apply, updates, filtered, inner)
+        return out, PreconditionState(step, filter_state, inner)
+
+    def _refresh_if_due(self, state: Any, update: Tensor, step: Tensor) -> Any:
+        """Refresh the blocks whose own clock says so."""
+        due = self.schedule.due(step)
+
+        def refresh(operand: Any) -> Any:
+            own, due = operand
+            return tree.select(due, self.preconditioner.refresh(own), own), due
+
+        return when(due.any(), refresh, (state, due))[0]
+
+
+def precondition(
+    preconditioner: Preconditioner,
+    *,
+    filter: Transformation | None = None,
+    refresh_every: int = 1,
+    start: float | None = None,
+) -> Precondition:
+    """Make a preconditioner a transformation.
+
+    Each update (t = 1, 2, ...) the preconditioner takes in the raw gradient; refreshes if
+    (t mod refresh_every = 0 and t > start) or t = start, so with statistics that contain this
+    gradient; and is applied to the gradient as the filter returns it. Before `start` a
+    Kronecker preconditioner is the identity, and a graft the grafted method's own update.
+
+    `update` takes the extra argument `refresh`: None decides from `state.step` (a branch on
+    the host when eager, `torch.cond` when compiled); True or False is static, and gives a
+    compiled loop exactly two graphs and no synchronisation (see `refresh_due`).
+
+    Inside `blocked` it works on stacks of blocks; on a bare tree, every parameter is one block.
+
+    Args:
+        preconditioner: `kronecker()`, `second_moment()`, `graft(...)` ...
+        filter: What is applied to the gradient on the way to the direction, usually
+            `ema(beta1)`; nothing if not given.
+        refresh_every: Updates between two refreshes.
+        start: The first update that refreshes; `refresh_every` if not given, `math.inf` for
+            never.
+
+    Raises:
+        HyperparameterError: If an argument is of the wrong kind or range.
+
+    Source: arXiv 2309.06497, algorithm 1.
+
+    Example:
+        >>> from shampoo_func.preconditioners import kronecker
+        >>> tx = precondition(kronecker())
+        >>> state = tx.init(torch.zeros(1, 1))
+        >>> tx.update(torch.full((1, 1), -4.0), state)[0]
+        tensor([[-1.]])
+    """
+    if not isinstance(preconditioner, Preconditioner):
+        raise HyperparameterError(
+            f"precondition needs a preconditioner such as kronecker(), got {preconditioner!r}."
+        )
+    chosen = Identity() if filter is None else filter
+    if not isinstance(chosen, Transformation):
+        raise HyperparameterError(f"filter must be a transformation, got {chosen!r}.")
+    check_count("refresh_every", refresh_every)
+    first = refresh_every if start is None else start
+    if first != math.inf:
+        check_count("start", first)
+        if first < refresh_every:
+            raise HyperparameterError(
+                f"start must be at least refresh_every={refresh_every} (or math.inf), got {first}."
+            )
+    return Precondition(preconditioner, chosen, refresh_every, first)

@@ -1,0 +1,135 @@
+"""The two protocols: a transformation is two pure functions, a preconditioner four."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from shampoo_func.errors import check_extra
+
+__all__ = [
+    "EmptyState",
+    "Preconditioner",
+    "RefreshSchedule",
+    "Scalar",
+    "Schedule",
+    "Transformation",
+    "Tree",
+]
+
+Tree = Any
+"""A pytree of tensors: nested dicts, lists, tuples, NamedTuples and OrderedDicts."""
+
+Scalar = float | torch.Tensor
+"""A Python number or a 0-d tensor; tensors may be swept, differentiated, and changed freely."""
+
+Schedule = Callable[[Any], Any]
+"""A function from a step (int or integer tensor, 0 at the first update) to a value."""
+
+
+class EmptyState(NamedTuple):
+    """The state of a stage that remembers nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshSchedule:
+    """When roots are recomputed: every `period` updates from `start` on, and at `start` itself.
+
+    With t counted from 1, a refresh is due when (t mod period = 0 and t > start) or t = start
+    (arXiv 2309.06497, section 3).
+
+    Args:
+        period: Updates between two refreshes.
+        start: The first update that refreshes; `math.inf` for never.
+        every: Calls of `update` per update of the stage (more than one under `accumulate`).
+    """
+
+    period: int
+    start: float
+    every: int = 1
+
+    def due(self, step: Any) -> Any:
+        """Whether update number `step` (from 1; int or integer tensor) refreshes."""
+        call, step = step % self.every == 0, step // self.every
+        return call & (((step % self.period == 0) & (step > self.start)) | (step == self.start))
+
+
+class Transformation(ABC):
+    """Two pure functions, `init` and `update`, with hyper-parameters as frozen fields.
+
+    Subclasses are frozen slotted dataclasses. A subclass that wraps others lists them in
+    `children`; what it `needs` and `takes` then follows from them.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def init(self, params: Tree) -> Any:
+        """Return the state for `params`: NamedTuples and dicts of tensors."""
+
+    @abstractmethod
+    def update(
+        self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, Any]:
+        """Return the transformed updates and the next state; change nothing in place."""
+
+    @property
+    def name(self) -> str:
+        """The name under which `chain` keeps this stage's state."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @property
+    def children(self) -> tuple[Transformation, ...]:
+        """The transformations that this one wraps."""
+        return ()
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """The extra keyword arguments that `update` understands."""
+        return frozenset().union(*(child.extras for child in self.children))
+
+    @property
+    def needs_params(self) -> bool:
+        """Whether `update` must be given `params`."""
+        return any(child.needs_params for child in self.children)
+
+    @property
+    def refresh_schedules(self) -> frozenset[RefreshSchedule]:
+        """The refresh schedules of the stages inside, for a clock on the host."""
+        return frozenset().union(*(child.refresh_schedules for child in self.children))
+
+    def check_extra(self, extra: dict[str, Any]) -> None:
+        """Raise `UnknownArgumentError` if `extra` holds an argument that nobody declares."""
+        check_extra(self.name, self.extras, extra)
+
+
+class Preconditioner(ABC):
+    """Four pure functions on blocks, with different costs and different clocks.
+
+    `init` sees one block `[d1, ..., dk]`. The other three see a block or a stack of them with
+    leading batch dimensions, `[n, d1, ..., dk]`; every leaf of the state then has the same
+    leading dimensions.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def init(self, block: torch.Tensor) -> Any:
+        """Return the state of one block."""
+
+    @abstractmethod
+    def accumulate(self, state: Any, grads: torch.Tensor) -> Any:
+        """Take a raw gradient into the statistics: cheap, every step."""
+
+    @abstractmethod
+    def refresh(self, state: Any) -> Any:
+        """Recompute what is derived from the statistics: dear, every few steps."""
+
+    @abstractmethod
+    def apply(self, state: Any, updates: torch.Tensor) -> torch.Tensor:
+        """Precondition the (filtered) gradient: every step."""
