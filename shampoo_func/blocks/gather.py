@@ -101,6 +101,7 @@ def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
 
 def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
     """Give `tensor` the strides of a dense `like` (channels_last, transposed ...)."""
-    order = sorted(range(like.ndim), key=lambda dim: (-like.stride(dim), dim))
+    strides: tuple[int, ...] = like.stride()
+    order = sorted(range(like.ndim), key=lambda dim: (-strides[dim], dim))
     back = sorted(range(like.ndim), key=lambda position: order[position])
     return tensor.permute(order).contiguous().permute(back)

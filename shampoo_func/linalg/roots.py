@@ -69,9 +69,7 @@ class EighRoot:
         value = _spectral_root(self, safe, exponent).to(matrix.dtype)
         return Root(value, finite & _all_finite(value))
 
-    def eigenvalues_kept(
-        self, eigenvalues: Float[Tensor, "*batch n"]
-    ) -> Float[Tensor, "*batch n"]:
+    def eigenvalues_kept(self, eigenvalues: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the damped eigenvalues; 0 marks a direction that is dropped."""
         if self.pseudo_inverse is not None:
             dropped = eigenvalues <= self.pseudo_inverse.cutoff(eigenvalues)
@@ -152,7 +150,7 @@ def _spectral_root(
         return _root(settings, fixed, exponent) + _derivative(
             settings, fixed, matrix - fixed, exponent
         )
-    return _SpectralRoot.apply(matrix, settings, exponent)  # type: ignore[no-any-return]
+    return _SpectralRoot.apply(matrix, settings, exponent)  # type: ignore[no-untyped-call]
 
 
 class _SpectralRoot(torch.autograd.Function):

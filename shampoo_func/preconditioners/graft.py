@@ -65,7 +65,7 @@ class Graft(Preconditioner):
 
 def _norm(blocks: Tensor, batch: int) -> Tensor:
     """Return the Frobenius norm of every block, in at least float32."""
-    flat = blocks.reshape(blocks.shape[:batch] + (-1,))
+    flat = blocks.reshape((*blocks.shape[:batch], -1))
     return torch.linalg.vector_norm(flat, dim=-1, dtype=linalg.compute_dtype(blocks.dtype))
 
 

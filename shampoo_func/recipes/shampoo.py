@@ -116,7 +116,9 @@ def shampoo(
         >>> list(state)
         ['precondition', 'add_decayed_weights', 'scale_by_learning_rate']
     """
-    check_choice("weight_decay_kind", weight_decay_kind, ("decoupled", "l2", "corrected", "independent"))
+    check_choice(
+        "weight_decay_kind", weight_decay_kind, ("decoupled", "l2", "corrected", "independent")
+    )
     if root is not None and epsilon != 1e-12:
         raise HyperparameterError(
             f"epsilon={epsilon!r} and root={root!r} are both given; set epsilon in the root."

@@ -77,7 +77,11 @@ class Accumulate(Transformation):
             given = tree.map(lambda update, whole: whole.to(update.dtype), updates, total)
             out, inner = self.inner.update(given, inner, params, **extra)
             # a parameter without a gradient in this call keeps what it has for the next
-            return out, tree.advance(lambda whole, _: torch.zeros_like(whole), total, updates), inner
+            return (
+                out,
+                tree.advance(lambda whole, _: torch.zeros_like(whole), total, updates),
+                inner,
+            )
 
         idle = (tree.map(torch.zeros_like, updates), mean, state.inner)
         out, mean, inner = when(step % self.every == 0, apply, idle)

@@ -57,9 +57,7 @@ class Chain(Transformation):
         return updates, after
 
 
-def chain(
-    *stages: Transformation | tuple[str, Transformation], **named: Transformation
-) -> Chain:
+def chain(*stages: Transformation | tuple[str, Transformation], **named: Transformation) -> Chain:
     """Compose stages: the updates of one are the input of the next.
 
     The state is a dict keyed by stage name: the name given, or the name of the constructor

@@ -52,7 +52,7 @@ class Clip(Transformation):
         tree.check_updates(updates)
 
         def clamp(update: Tensor) -> Tensor:
-            bound = linalg.align(self.max_value, update)
+            bound: Any = linalg.align(self.max_value, update)
             return update.clamp(-bound, bound).to(update.dtype)
 
         return tree.map(clamp, updates), state

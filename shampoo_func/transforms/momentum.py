@@ -47,7 +47,10 @@ class Trace(Transformation):
         tree.check_updates(updates, state.trace)
 
         def add(momentum: Tensor, update: Tensor) -> Tensor:
-            old, new = linalg.scaled(momentum, self.decay), linalg.scaled(update, 1 - self.dampening)
+            old, new = (
+                linalg.scaled(momentum, self.decay),
+                linalg.scaled(update, 1 - self.dampening),
+            )
             return (old + new).to(momentum.dtype)
 
         momentum = tree.advance(add, state.trace, updates)
@@ -119,9 +122,7 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
     return Trace(decay, nesterov, dampening)
 
 
-def ema(
-    decay: Scalar, *, bias_correction: bool = True, lookahead: Scalar | None = None
-) -> Ema:
+def ema(decay: Scalar, *, bias_correction: bool = True, lookahead: Scalar | None = None) -> Ema:
     """Moving average: M <- decay M + (1 - decay) U, divided by 1 - decay^t.
 
     With `lookahead` b, what is returned (not what is kept) is b M_old + (1 - b) U, divided by

@@ -137,6 +137,7 @@ def precondition(
     Source: arXiv 2309.06497, algorithm 1.
 
     Example:
+        >>> import torch
         >>> from shampoo_func.preconditioners import kronecker
         >>> tx = precondition(kronecker())
         >>> state = tx.init(torch.zeros(1, 1))

@@ -127,9 +127,7 @@ def constant_schedule(value: Scalar) -> ConstantSchedule:
     return ConstantSchedule(value)
 
 
-def linear_schedule(
-    init_value: Scalar, end_value: Scalar, transition_steps: int
-) -> LinearSchedule:
+def linear_schedule(init_value: Scalar, end_value: Scalar, transition_steps: int) -> LinearSchedule:
     """Go from `init_value` to `end_value` in a straight line, then stay there.
 
     Args:
