@@ -280,7 +280,8 @@ def configuration_of(case: Case) -> Configuration:
         learning_rate=float(arguments.get("lr", 1e-2)),
         beta1=beta1,
         beta2=beta2,
-        beta3=beta1 if beta3 == -1.0 else beta3,
+        # Without a filter (beta1 = 0) the reference does not look at beta3.
+        beta3=beta1 if beta3 == -1.0 or beta1 == 0.0 else beta3,
         epsilon=epsilon,
         weight_decay=float(arguments.get("weight_decay", 0.0)),
         weight_decay_kind=_weight_decay_kind(options.get("wd") or "DECOUPLED"),

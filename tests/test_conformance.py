@@ -116,15 +116,15 @@ def test_wrong_call_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage" in capsys.readouterr().err
 
 
-def root_options(**options: Any) -> Edit:  # noqa: ANN401
+def root_options(**options: Any) -> Edit:
     return lambda case: case.update(prec=["root", options])
 
 
-def arguments(**changes: Any) -> Edit:  # noqa: ANN401
+def arguments(**changes: Any) -> Edit:
     return lambda case: case["kw"].update(changes)
 
 
-def sections(**changes: Any) -> Edit:  # noqa: ANN401
+def sections(**changes: Any) -> Edit:
     return lambda case: case.update(changes)
 
 
@@ -239,5 +239,6 @@ def test_recorded_rates_answer_ints_and_tensors() -> None:
     rates = conformance.RecordedRates((0.5, 0.25))
     assert rates(1) == 0.25
     looked_up = rates(torch.tensor(1))
+    assert isinstance(looked_up, torch.Tensor)
     assert looked_up.dtype == torch.float64
     assert looked_up == 0.25

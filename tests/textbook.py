@@ -364,7 +364,7 @@ class Parameter:
 
 def run(
     params: Sequence[Array],
-    gradients: Sequence[Sequence[Array | None]],
+    gradients: Sequence[Sequence[Array]],
     learning_rates: Sequence[float],
     settings: Settings,
 ) -> list[list[Array]]:
@@ -372,8 +372,7 @@ def run(
 
     Args:
         params: Initial values.
-        gradients: For every step, one gradient per parameter. None leaves the parameter and its
-            state alone, while the step count, which all parameters share, goes on.
+        gradients: For every step, one gradient per parameter.
         learning_rates: One per step.
         settings: The algorithm.
 
@@ -385,7 +384,6 @@ def run(
     rounds = zip(gradients, learning_rates, strict=True)
     for step, (step_gradients, learning_rate) in enumerate(rounds, start=1):
         for parameter, gradient in zip(parameters, step_gradients, strict=True):
-            if gradient is not None:
-                parameter.step(gradient, step, learning_rate)
+            parameter.step(gradient, step, learning_rate)
         trajectory.append([parameter.value for parameter in parameters])
     return trajectory

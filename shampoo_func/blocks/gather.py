@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func.blocks.plan import BlockPlan, ParameterPlan, Tile
+from shampoo_func.linalg import with_layout_of
 from shampoo_func.linalg._shapes import Float
 
 __all__ = ["gather", "present_rows", "scatter"]
@@ -64,7 +65,7 @@ def scatter(
             taken[tile.stack] = first + tile.count
             tiles.append(_rectangle_of(stacks[tile.stack][first : first + tile.count], tile))
         whole = _assemble(tiles, parameter).reshape(parameter.shape)
-        results.append(_laid_out_as(whole.to(leaf.dtype), leaf))
+        results.append(with_layout_of(whole.to(leaf.dtype), leaf))
     return results
 
 
@@ -97,11 +98,3 @@ def _assemble(tiles: list[Tensor], parameter: ParameterPlan) -> Tensor:
 
 def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """Give `tensor` the strides of a dense `like` (channels_last, transposed ...)."""
-    strides: tuple[int, ...] = like.stride()
-    order = sorted(range(like.ndim), key=lambda dim: (-strides[dim], dim))
-    back = sorted(range(like.ndim), key=lambda position: order[position])
-    return tensor.permute(order).contiguous().permute(back)

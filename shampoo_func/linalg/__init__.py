@@ -1,5 +1,6 @@
 """Batched matrix functions on plain tensors. No state, no trees."""
 
+from shampoo_func.linalg.layout import with_layout_of
 from shampoo_func.linalg.modes import gram, multiply
 from shampoo_func.linalg.roots import EighRoot, PseudoInverse, Root, eigh_root
 from shampoo_func.linalg.scaling import (
@@ -24,4 +25,5 @@ __all__ = [
     "multiply",
     "scalar_dtype",
     "scaled",
+    "with_layout_of",
 ]

@@ -94,7 +94,7 @@ class Kronecker(Preconditioner):
         for dim in self._preconditioned(state):
             root = state.roots[dim]
             result = linalg.multiply(result.to(root.dtype), root, dim, order)
-        return result.to(updates.dtype)
+        return linalg.with_layout_of(result.to(updates.dtype), updates)
 
     @property
     def _sums(self) -> bool:

@@ -115,4 +115,4 @@ def _entry(field: Any, params: Tree, index: int) -> Any:
     try:
         return tree.flatten_up_to(tree.flatten(params)[1], field, params)[index]
     except TreeMismatchError:
-        return field
+        return _cut_down(field, params, tree.paths(params)[index])

@@ -1,0 +1,26 @@
+"""Memory layout: results laid out as their inputs, so that strides never change."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["with_layout_of"]
+
+
+def with_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Give `tensor` the order of strides of `like` (channels_last, transposed ...), dense.
+
+    Args:
+        tensor: Any tensor of the shape of `like`.
+        like: The tensor whose layout is taken.
+
+    Example:
+        >>> import torch
+        >>> like = torch.zeros(1, 2, 3, 4).to(memory_format=torch.channels_last)
+        >>> with_layout_of(torch.ones(1, 2, 3, 4), like).stride() == like.stride()
+        True
+    """
+    strides: tuple[int, ...] = like.stride()
+    order = sorted(range(like.ndim), key=lambda dim: (-strides[dim], dim))
+    back = sorted(range(like.ndim), key=lambda position: order[position])
+    return tensor.permute(order).contiguous().permute(back)
