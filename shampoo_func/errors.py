@@ -24,7 +24,16 @@ __all__ = [
 
 
 class ShampooFuncError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose.
+
+    Example:
+        >>> from shampoo_func import clip
+        >>> try:
+        ...     clip(-1.0)
+        ... except ShampooFuncError as error:
+        ...     print(error)
+        max_value must lie in (0.0, inf], got -1.0.
+    """
 
 
 class HyperparameterError(ShampooFuncError, ValueError):
@@ -128,6 +137,18 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     if value not in allowed:
         listed = ", ".join(repr(choice) for choice in allowed)
         raise HyperparameterError(f"{name} must be one of {listed}, got {value!r}.")
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Check that `value` is None or a real floating-point dtype.
+
+    Raises:
+        HyperparameterError: If it is anything else.
+    """
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise HyperparameterError(
+            f"{name} must be None or a floating-point dtype such as torch.float32, got {value!r}."
+        )
 
 
 def check_extra(stage: str, known: Iterable[str], extra: Mapping[str, Any]) -> None:

@@ -185,10 +185,10 @@ def check_updates(updates: Tree, like: Tree | None = None, *, what: str = "the s
         return
     partners = flatten_up_to(structure, like, updates)
     for index, (leaf, partner) in enumerate(zip(flat, partners, strict=True)):
-        if leaf is None:
-            continue
         if not isinstance(partner, torch.Tensor):
             raise _mismatch(like, updates)
+        if leaf is None:
+            continue
         if leaf.shape != partner.shape:
             raise TreeMismatchError(
                 f"the gradient of {path_of(updates, index)!r} has shape {tuple(leaf.shape)}, but "

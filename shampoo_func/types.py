@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shampoo_func.errors import check_extra
+from shampoo_func.errors import MissingParamsError, check_count, check_extra, check_number
 
 __all__ = [
     "EmptyState",
@@ -47,11 +47,25 @@ class RefreshSchedule:
         period: Updates between two refreshes.
         start: The first update that refreshes; `math.inf` for never.
         every: Calls of `update` per update of the stage (more than one under `accumulate`).
+
+    Raises:
+        HyperparameterError: If a number is out of range.
+
+    Example:
+        >>> schedule = RefreshSchedule(period=10, start=15)
+        >>> [step for step in range(1, 41) if schedule.due(step)]
+        [15, 20, 30, 40]
     """
 
     period: int
     start: float
     every: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_count("period", self.period)
+        check_number("start", self.start, low=1)
+        check_count("every", self.every)
 
     def due(self, step: Any) -> Any:
         """Whether update number `step` (from 1; int or integer tensor) refreshes."""
@@ -63,7 +77,21 @@ class Transformation(ABC):
     """Two pure functions, `init` and `update`, with hyper-parameters as frozen fields.
 
     Subclasses are frozen slotted dataclasses. A subclass that wraps others lists them in
-    `children`; what it `needs` and `takes` then follows from them.
+    `children`; what it needs and takes then follows from them.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, slots=True)
+        ... class Negate(Transformation):
+        ...     def init(self, params):
+        ...         return EmptyState()
+        ...
+        ...     def update(self, updates, state, params=None, **extra):
+        ...         self.check_call(params, extra)
+        ...         return tree.map(torch.neg, updates), state
+        >>> from shampoo_func import tree
+        >>> Negate().update({"w": torch.ones(2)}, EmptyState())[0]["w"]
+        tensor([-1., -1.])
     """
 
     __slots__ = ()
@@ -103,9 +131,19 @@ class Transformation(ABC):
         """The refresh schedules of the stages inside, for a clock on the host."""
         return frozenset().union(*(child.refresh_schedules for child in self.children))
 
-    def check_extra(self, extra: dict[str, Any]) -> None:
-        """Raise `UnknownArgumentError` if `extra` holds an argument that nobody declares."""
+    def check_call(self, params: Tree | None, extra: dict[str, Any]) -> None:
+        """Check the arguments of `update` that are no trees, before any work.
+
+        Raises:
+            UnknownArgumentError: If `extra` holds an argument that nobody declares.
+            MissingParamsError: If `params` is None but needed.
+        """
         check_extra(self.name, self.extras, extra)
+        if params is None and self.needs_params:
+            raise MissingParamsError(
+                f"{self.name} needs the parameters (for weight decay, for instance): call "
+                "update(updates, state, params)."
+            )
 
 
 class Preconditioner(ABC):
@@ -114,6 +152,26 @@ class Preconditioner(ABC):
     `init` sees one block `[d1, ..., dk]`. The other three see a block or a stack of them with
     leading batch dimensions, `[n, d1, ..., dk]`; every leaf of the state then has the same
     leading dimensions.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, slots=True)
+        ... class Sign(Preconditioner):
+        ...     def init(self, block):
+        ...         return EmptyState()
+        ...
+        ...     def accumulate(self, state, grads):
+        ...         return state
+        ...
+        ...     def refresh(self, state):
+        ...         return state
+        ...
+        ...     def apply(self, state, updates):
+        ...         return updates.sign()
+        >>> from shampoo_func.transforms import precondition
+        >>> tx = precondition(Sign())
+        >>> tx.update(torch.tensor([3.0, -4.0]), tx.init(torch.zeros(2)))[0]
+        tensor([ 1., -1.])
     """
 
     __slots__ = ()
@@ -133,3 +191,7 @@ class Preconditioner(ABC):
     @abstractmethod
     def apply(self, state: Any, updates: torch.Tensor) -> torch.Tensor:
         """Precondition the (filtered) gradient: every step."""
+
+    def block_shape(self, state: Any) -> tuple[int | None, ...] | None:
+        """Return the shape of the gradients that a state is for; None where any would do."""
+        return None

@@ -120,7 +120,9 @@ CASES = [
     Case(
         "partition_table",
         "partition",
-        lambda: sf.partition({"w": sf.trace(0.9), "rest": sf.scale(2.0)}, [("w", "w"), (".*", "rest")]),
+        lambda: sf.partition(
+            {"w": sf.trace(0.9), "rest": sf.scale(2.0)}, [("w", "w"), (".*", "rest")]
+        ),
     ),
     Case("masked", "masked", lambda: sf.masked(sf.add_decayed_weights(0.1), where=is_matrix)),
     Case(

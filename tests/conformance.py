@@ -346,7 +346,8 @@ def _preconditioner(section: Sequence[Any], beta2: float) -> Preconditioner:
     if kind != "root":
         raise Unsupported(f"preconditioner kind: {kind}")
     _only(options, PRECONDITIONER_OPTIONS, "option of root")
-    _refuse_dropped_weighting(options, beta2)
+    if options.get("drop_weighting_factor_on_gsquare", False) and beta2 != 1.0:
+        raise Unsupported(f"drop_weighting_factor_on_gsquare with beta2={beta2}")
     scaled = options.get("use_trace_scaling", False)
     return Preconditioner(
         stability=_stability(options.get("amortized_computation_config", "EigenConfig()")),
@@ -355,12 +356,6 @@ def _preconditioner(section: Sequence[Any], beta2: float) -> Preconditioner:
         factor_dtype=_dtype(options.get("factor_matrix_dtype", "torch.float64")),
         root_dtype=_dtype(options.get("inv_factor_matrix_dtype", "torch.float64")),
     )
-
-
-def _refuse_dropped_weighting(options: Options, beta2: float) -> None:
-    """Refuses `A <- beta2 A + g g^T`; with `beta2 = 1` that is what everybody computes."""
-    if options.get("drop_weighting_factor_on_gsquare", False) and beta2 != 1.0:
-        raise Unsupported("drop_weighting_factor_on_gsquare with beta2 < 1")
 
 
 def _stability(text: str) -> Perturbation | PseudoInverse:
@@ -405,7 +400,12 @@ def _grafting(section: Sequence[Any] | None) -> Grafting | None:
         raise Unsupported(f"grafting kind: {kind}")
     _only(options, GRAFTING_OPTIONS[kind], f"option of {kind} grafting")
     beta2 = float(options.get("beta2", GRAFTING_BETA2[kind]))
-    _refuse_dropped_weighting(options, beta2)
+    dropped = bool(options.get("drop_weighting_factor_on_gsquare", False))
+    # With beta2 = 1 the reference sums if the weighting is dropped, and takes in nothing if not.
+    if kind in ("rmsprop", "adam") and dropped != (beta2 == 1.0):
+        raise Unsupported(
+            f"{kind} grafting with beta2={beta2} and drop_weighting_factor_on_gsquare={dropped}"
+        )
     return Grafting(kind=kind, beta2=beta2, epsilon=float(options.get("epsilon", 1e-10)))
 
 

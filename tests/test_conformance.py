@@ -155,6 +155,7 @@ UNSUPPORTED: dict[str, Edit] = {
     "dropped weighting in grafting": sections(
         graft=["rmsprop", {"drop_weighting_factor_on_gsquare": True}]
     ),
+    "grafting that takes in nothing": sections(graft=["adam", {"beta2": 1.0}]),
     "dtype": root_options(factor_matrix_dtype="torch.int8"),
     "target dimensionality": arguments(
         distributed_config="SingleDeviceDistributedConfig(target_parameter_dimensionality=2)"

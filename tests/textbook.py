@@ -41,7 +41,7 @@ class Grafting:
     Attributes:
         kind: "sgd" takes the norm of the filtered gradient itself, "adagrad" sums squares,
             "rmsprop" averages them, "adam" averages them with bias correction.
-        beta2: Decay of the average ("rmsprop" and "adam").
+        beta2: Decay of the average ("rmsprop" and "adam"), below 1.
         epsilon: Added to the square root.
     """
 
@@ -270,8 +270,7 @@ class Block:
             case Grafting(kind="adagrad"):
                 self.second_moment = self.second_moment + gradient**2
             case Grafting(kind="rmsprop" | "adam", beta2=decay):
-                new_weight = 1.0 if decay == 1.0 else 1.0 - decay
-                self.second_moment = decay * self.second_moment + new_weight * gradient**2
+                self.second_moment = decay * self.second_moment + (1.0 - decay) * gradient**2
 
     def _refresh(self, step: int) -> None:
         """Recomputes the roots from the bias-corrected, trace-scaled factors."""
@@ -317,8 +316,7 @@ class Block:
         """`f / (sqrt(V / bc) + eps)`, or `f` for "sgd"."""
         if grafting.kind == "sgd":
             return filtered
-        corrected = grafting.kind == "adam" and grafting.beta2 < 1.0
-        correction = 1.0 - grafting.beta2**step if corrected else 1.0
+        correction = 1.0 - grafting.beta2**step if grafting.kind == "adam" else 1.0
         grafted: Array = filtered / (np.sqrt(self.second_moment / correction) + grafting.epsilon)
         return grafted
 

@@ -9,7 +9,7 @@ from shampoo_func.linalg._shapes import Float
 __all__ = ["gram", "multiply"]
 
 
-def gram(blocks: Float[Tensor, ...], dim: int, order: int) -> Float[Tensor, "*batch d d"]:
+def gram(blocks: Float[Tensor, "*shape"], dim: int, order: int) -> Float[Tensor, "*batch d d"]:
     """Contract `blocks` with itself over every block dimension but one.
 
     O[a, b] = sum over the others of G[.., a, ..] G[.., b, ..]; for a matrix, G G^T (dim 0) or
@@ -33,8 +33,8 @@ def gram(blocks: Float[Tensor, ...], dim: int, order: int) -> Float[Tensor, "*ba
 
 
 def multiply(
-    blocks: Float[Tensor, ...], matrix: Float[Tensor, "*batch d d"], dim: int, order: int
-) -> Float[Tensor, ...]:
+    blocks: Float[Tensor, "*shape"], matrix: Float[Tensor, "*batch d d"], dim: int, order: int
+) -> Float[Tensor, "*shape"]:
     """Multiply a symmetric `matrix` onto one dimension of every block.
 
     For a matrix block, X G (dim 0) or G X (dim 1); in general the mode product of X with G

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from shampoo_func.errors import HyperparameterError, check_choice, check_number
+from shampoo_func.errors import HyperparameterError, check_choice, check_dtype, check_number
 from shampoo_func.linalg._shapes import Bool, Float
+from shampoo_func.types import Scalar
 
 __all__ = ["EighRoot", "PseudoInverse", "Root", "eigh_root"]
 
@@ -34,10 +35,24 @@ class PseudoInverse:
         absolute_tolerance: Cutoff in the units of the eigenvalues.
         relative_tolerance: Cutoff relative to the largest eigenvalue; None means n times the
             machine precision of the dtype that the decomposition runs in.
+
+    Raises:
+        HyperparameterError: If a tolerance is negative or NaN.
+
+    Example:
+        >>> root = eigh_root(epsilon=0.0, pseudo_inverse=PseudoInverse(relative_tolerance=1e-6))
+        >>> root(torch.diag(torch.tensor([4.0, 0.0])), exponent=0.5).value
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.0000]])
     """
 
     absolute_tolerance: float = 0.0
     relative_tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the tolerances."""
+        check_number("absolute_tolerance", self.absolute_tolerance)
+        check_number("relative_tolerance", self.relative_tolerance or 0.0)
 
     def cutoff(self, eigenvalues: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch 1"]:
         """Return the eigenvalue at or below which a direction is dropped."""
@@ -52,8 +67,8 @@ class PseudoInverse:
 class EighRoot:
     """See `eigh_root`."""
 
-    epsilon: float = 1e-12
-    relative_epsilon: float = 0.0
+    epsilon: Scalar = 1e-12
+    relative_epsilon: Scalar = 0.0
     perturb: Literal["before", "after"] = "before"
     pseudo_inverse: PseudoInverse | None = None
     compute_dtype: torch.dtype | None = None
@@ -63,13 +78,34 @@ class EighRoot:
         finite = _all_finite(matrix)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         # LAPACK raises on a non-finite matrix; the identity stands in, and ok says so.
-        safe = torch.where(finite[..., None, None], matrix, eye).to(
-            self.compute_dtype or matrix.dtype
-        )
+        safe = torch.where(finite[..., None, None], matrix, eye)
+        safe = self._damped(safe.to(self.compute_dtype or matrix.dtype))
         value = _spectral_root(self, safe, exponent).to(matrix.dtype)
         return Root(value, finite & _all_finite(value))
 
-    def eigenvalues_kept(self, eigenvalues: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    def _damped(self, matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+        """Add what is added before the decomposition."""
+        epsilon: Any = self.epsilon
+        if self.perturb == "after":
+            # added to the eigenvalues later; here only so that a derivative by it exists
+            epsilon = epsilon - epsilon.detach() if isinstance(epsilon, Tensor) else 0.0
+        if not isinstance(epsilon, Tensor) and epsilon == 0.0:
+            return matrix
+        return matrix + epsilon * torch.eye(
+            matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
+        )
+
+    def damping(self) -> tuple[Scalar, Scalar]:
+        """Return both epsilons as constants of a derivative."""
+        epsilon, relative = self.epsilon, self.relative_epsilon
+        return (
+            epsilon.detach() if isinstance(epsilon, Tensor) else epsilon,
+            relative.detach() if isinstance(relative, Tensor) else relative,
+        )
+
+    def eigenvalues_kept(
+        self, eigenvalues: Float[Tensor, "*batch n"], epsilon: Scalar, relative_epsilon: Scalar
+    ) -> Float[Tensor, "*batch n"]:
         """Return the damped eigenvalues; 0 marks a direction that is dropped."""
         if self.pseudo_inverse is not None:
             dropped = eigenvalues <= self.pseudo_inverse.cutoff(eigenvalues)
@@ -77,20 +113,20 @@ class EighRoot:
         smallest = eigenvalues.amin(-1, keepdim=True)
         if self.perturb == "before":
             # epsilon is in the matrix already, so only what rounding lost is put back
-            short = smallest < self.epsilon
-            damped = torch.where(short, eigenvalues - smallest + self.epsilon, eigenvalues)
+            short = smallest < epsilon
+            damped = torch.where(short, eigenvalues - smallest + epsilon, eigenvalues)
         else:
-            damped = eigenvalues - smallest.clamp(max=0.0) + self.epsilon
-        if self.relative_epsilon:
+            damped = eigenvalues - smallest.clamp(max=0.0) + epsilon
+        if isinstance(relative_epsilon, Tensor) or relative_epsilon != 0.0:
             largest = damped.amax(-1, keepdim=True)
-            damped = damped + (self.relative_epsilon * largest - self.epsilon).clamp(min=0.0)
+            damped = damped + (relative_epsilon * largest - epsilon).clamp(min=0.0)
         return damped
 
 
 def eigh_root(
-    epsilon: float = 1e-12,
+    epsilon: Scalar = 1e-12,
     *,
-    relative_epsilon: float = 0.0,
+    relative_epsilon: Scalar = 0.0,
     perturb: Literal["before", "after"] = "before",
     pseudo_inverse: PseudoInverse | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -103,10 +139,11 @@ def eigh_root(
     `pseudo_inverse` drops small eigenvalues instead, and needs epsilon = 0.
 
     The derivative is that of a matrix function (divided differences of f), so it is finite
-    where eigenvalues repeat; damping shifts and cutoffs are treated as constants.
+    where eigenvalues repeat; relative damping, what rounding makes necessary, and cutoffs are
+    treated as constants.
 
     Args:
-        epsilon: Absolute damping, in the units of the eigenvalues.
+        epsilon: Absolute damping, in the units of the eigenvalues; a number or 0-d tensor.
         relative_epsilon: Damping relative to the largest eigenvalue; the damping used is
             max(epsilon, relative_epsilon * largest).
         perturb: Whether epsilon is added before or after the decomposition.
@@ -128,11 +165,13 @@ def eigh_root(
     check_number("epsilon", epsilon)
     check_number("relative_epsilon", relative_epsilon)
     check_choice("perturb", perturb, ("before", "after"))
-    if pseudo_inverse is not None and (epsilon != 0.0 or relative_epsilon != 0.0):
+    damped = any(isinstance(value, Tensor) or value != 0.0 for value in (epsilon, relative_epsilon))
+    if pseudo_inverse is not None and damped:
         raise HyperparameterError(
             f"pseudo_inverse needs epsilon=0 and relative_epsilon=0, got {epsilon!r} and "
             f"{relative_epsilon!r}: damping would lift the directions that it is to drop."
         )
+    check_dtype("compute_dtype", compute_dtype)
     return EighRoot(epsilon, relative_epsilon, perturb, pseudo_inverse, compute_dtype)
 
 
@@ -144,13 +183,17 @@ def _spectral_root(
     settings: EighRoot, matrix: Float[Tensor, "*batch n n"], exponent: float
 ) -> Float[Tensor, "*batch n n"]:
     """Compute the root so that every kind of differentiation gets its true derivative."""
+    epsilon, relative = settings.damping()
     if forward_ad._current_level >= 0:
         # torch.compile takes no custom jvp: value of a constant, derivative of a linear map
         fixed = matrix.detach()
-        return _root(settings, fixed, exponent) + _derivative(
-            settings, fixed, matrix - fixed, exponent
+        kept, vectors = _decompose(settings, fixed, epsilon, relative)
+        return _root(settings, kept, vectors, exponent) + _derivative(
+            kept, vectors, matrix - fixed, exponent
         )
-    return _SpectralRoot.apply(matrix, settings, exponent)  # type: ignore[no-untyped-call]
+    apply: Any = _SpectralRoot.apply
+    root: Tensor = apply(matrix, epsilon, relative, settings, exponent)
+    return root
 
 
 class _SpectralRoot(torch.autograd.Function):
@@ -159,27 +202,32 @@ class _SpectralRoot(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(matrix: Tensor, settings: EighRoot, exponent: float) -> Tensor:
-        return _root(settings, matrix, exponent)
+    def forward(
+        matrix: Tensor, epsilon: Scalar, relative: Scalar, settings: EighRoot, exponent: float
+    ) -> Tensor:
+        kept, vectors = _decompose(settings, matrix, epsilon, relative)
+        return _root(settings, kept, vectors, exponent)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        matrix, ctx.settings, ctx.exponent = inputs
+        matrix, ctx.epsilon, ctx.relative, ctx.settings, ctx.exponent = inputs
         ctx.save_for_backward(matrix)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # decomposed anew, in differentiable operations, so that second derivatives are right
         (matrix,) = ctx.saved_tensors
+        kept, vectors = _decompose(ctx.settings, matrix, ctx.epsilon, ctx.relative)
         symmetric = (grads[0] + grads[0].mT) / 2
-        return _derivative(ctx.settings, matrix, symmetric, ctx.exponent), None, None
+        return _derivative(kept, vectors, symmetric, ctx.exponent), None, None, None, None
 
 
-def _decompose(settings: EighRoot, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    if settings.perturb == "before" and settings.epsilon:
-        diagonal = torch.full_like(matrix[..., 0], settings.epsilon)
-        matrix = matrix + torch.diag_embed(diagonal)
+def _decompose(
+    settings: EighRoot, matrix: Tensor, epsilon: Scalar, relative: Scalar
+) -> tuple[Tensor, Tensor]:
+    """Return the damped eigenvalues and the eigenvectors."""
     eigenvalues, vectors = torch.linalg.eigh(matrix)
-    return settings.eigenvalues_kept(eigenvalues), vectors
+    return settings.eigenvalues_kept(eigenvalues, epsilon, relative), vectors
 
 
 def _power(kept: Tensor, exponent: float) -> Tensor:
@@ -187,20 +235,18 @@ def _power(kept: Tensor, exponent: float) -> Tensor:
     return torch.where(positive, torch.where(positive, kept, 1.0).pow(-exponent), 0.0)
 
 
-def _root(settings: EighRoot, matrix: Tensor, exponent: float) -> Tensor:
-    kept, vectors = _decompose(settings, matrix)
+def _root(settings: EighRoot, kept: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     # a dropped direction contributes 0; without damping a zero eigenvalue is no dropped one
     powers = _power(kept, exponent) if settings.pseudo_inverse else kept.pow(-exponent)
     value = (vectors * powers.unsqueeze(-2)) @ vectors.mT
     return (value + value.mT) / 2
 
 
-def _derivative(settings: EighRoot, matrix: Tensor, tangent: Tensor, exponent: float) -> Tensor:
-    """Return the derivative of the root at `matrix` in the direction `tangent`.
+def _derivative(kept: Tensor, vectors: Tensor, tangent: Tensor, exponent: float) -> Tensor:
+    """Return the derivative of the root in the direction `tangent`.
 
     Q (F * (Q^T T Q)) Q^T with F the divided differences of f (Daleckii-Krein).
     """
-    kept, vectors = _decompose(settings, matrix)
     rotated = vectors.mT @ tangent @ vectors
     return vectors @ (_divided_differences(kept, exponent) * rotated) @ vectors.mT
 

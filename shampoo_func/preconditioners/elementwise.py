@@ -63,6 +63,10 @@ class SecondMoment(Preconditioner):
         deviation = moment.clamp(min=torch.finfo(moment.dtype).tiny).sqrt()
         return (updates / (deviation + linalg.align(self.epsilon, deviation))).to(updates.dtype)
 
+    def block_shape(self, state: SecondMomentState) -> tuple[int, ...]:
+        """Return the shape of the moment."""
+        return tuple(state.second_moment.shape)
+
     @property
     def _sums(self) -> bool:
         return not isinstance(self.beta2, Tensor) and self.beta2 == 1.0
@@ -98,7 +102,7 @@ def second_moment(
     with beta2 = 1, V <- V + G*G, AdaGrad's.
 
     Args:
-        beta2: Decay, a number in (0, 1] or a 0-d tensor; the number 1 means AdaGrad's sum.
+        beta2: Decay, a number in [0, 1] or a 0-d tensor; the number 1 means AdaGrad's sum.
         epsilon: Added to the root, in the units of the gradient.
         bias_correction: Whether to divide V by 1 - beta2^t.
 
@@ -113,7 +117,7 @@ def second_moment(
         >>> tx.apply(state, torch.tensor([3.0, -4.0]))
         tensor([ 1., -1.])
     """
-    check_number("beta2", beta2, high=1.0, low_open=True)
+    check_number("beta2", beta2, high=1.0)
     check_number("epsilon", epsilon)
     return SecondMoment(beta2, epsilon, bias_correction)
 

@@ -62,6 +62,11 @@ class Graft(Preconditioner):
         started = state.started.reshape(state.started.shape + (1,) * (updates.ndim - batch))
         return torch.where(started, grafted, magnitude)
 
+    def block_shape(self, state: GraftState) -> tuple[int | None, ...] | None:
+        """Return the shape that either of the two knows."""
+        shape = self.magnitude.block_shape(state.magnitude)
+        return self.direction.block_shape(state.direction) if shape is None else shape
+
 
 def _norm(blocks: Tensor, batch: int) -> Tensor:
     """Return the Frobenius norm of every block, in at least float32."""

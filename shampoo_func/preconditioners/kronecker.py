@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_func import linalg
-from shampoo_func.errors import HyperparameterError, check_count, check_number
+from shampoo_func.errors import HyperparameterError, check_count, check_dtype, check_number
 from shampoo_func.types import Preconditioner, Scalar
 
 __all__ = ["Kronecker", "KroneckerState", "kronecker"]
@@ -96,6 +96,11 @@ class Kronecker(Preconditioner):
             result = linalg.multiply(result.to(root.dtype), root, dim, order)
         return linalg.with_layout_of(result.to(updates.dtype), updates)
 
+    def block_shape(self, state: KroneckerState) -> tuple[int | None, ...]:
+        """Return the sizes of the factors; None for a dimension that has none."""
+        sizes = (factor.shape[-1] or None for factor in state.factors)
+        return (*state.step.shape, *sizes)
+
     @property
     def _sums(self) -> bool:
         return not isinstance(self.beta2, Tensor) and self.beta2 == 1.0
@@ -142,7 +147,7 @@ def kronecker(
     p = 1/(2k): for a matrix L^(-1/4) G R^(-1/4).
 
     Args:
-        beta2: Decay of the factors, a number in (0, 1] or a 0-d tensor; the number 1 means the
+        beta2: Decay of the factors, a number in [0, 1] or a 0-d tensor; the number 1 means the
             plain sum of AdaGrad, without bias correction.
         root: Inverse root solver; `eigh_root()` if not given.
         bias_correction: Whether a root is taken of F / (1 - beta2^t).
@@ -167,19 +172,21 @@ def kronecker(
         tensor([[1., 0., 0.],
                 [0., 1., 0.]])
     """
-    check_number("beta2", beta2, high=1.0, low_open=True)
+    check_number("beta2", beta2, high=1.0)
     if max_dim is not None:
         check_count("max_dim", max_dim)
     if trace_scaling is not None:
         check_number("trace_scaling", trace_scaling, high=1.0, low_open=True)
-    for name, dtype in (("factor_dtype", factor_dtype), ("root_dtype", root_dtype)):
-        if dtype is not None and not dtype.is_floating_point:
-            raise HyperparameterError(f"{name} must be a floating-point dtype, got {dtype}.")
+    check_dtype("factor_dtype", factor_dtype)
+    check_dtype("root_dtype", root_dtype)
+    if root is not None and not isinstance(root, linalg.EighRoot):
+        raise HyperparameterError(f"root must be a root solver such as eigh_root(), got {root!r}.")
+    overrides: Any = {} if exponents is None else exponents
     return Kronecker(
         beta2,
         linalg.eigh_root() if root is None else root,
         bias_correction,
-        _frozen_exponents(exponents or {}),
+        _frozen_exponents(overrides),
         max_dim,
         trace_scaling,
         factor_dtype,
@@ -189,11 +196,21 @@ def kronecker(
 
 def _frozen_exponents(exponents: Mapping[int, float | Mapping[int, float]]) -> Exponents:
     """Check the exponents and turn the mapping into sorted tuples, which hash."""
+    if not isinstance(exponents, Mapping):
+        raise HyperparameterError(
+            f"exponents must map orders to exponents, as in {{2: 0.5}}, got {exponents!r}."
+        )
     frozen: list[tuple[int, float | tuple[tuple[int, float], ...]]] = []
     for order, value in sorted(exponents.items()):
         check_count("exponents: an order", order)
         if isinstance(value, Mapping):
             for dim, power in value.items():
+                check_count(f"exponents[{order}]: a dimension", dim, low=0)
+                if dim >= order:
+                    raise HyperparameterError(
+                        f"exponents[{order}] names dimension {dim}, but a block of order {order} "
+                        f"has only 0 to {order - 1}; name one of those."
+                    )
                 check_number(f"exponents[{order}][{dim}]", power)
             frozen.append((order, tuple(sorted(value.items()))))
         else:

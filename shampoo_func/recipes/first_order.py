@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from shampoo_func.recipes.parts import unless_zero
 from shampoo_func.transforms import (
     Chain,
     add_decayed_weights,
@@ -38,7 +39,7 @@ def adamw(
     Args:
         learning_rate: A number, 0-d tensor, or schedule of the step.
         beta1: Decay of the mean, in [0, 1).
-        beta2: Decay of the second moment, in (0, 1).
+        beta2: Decay of the second moment, in [0, 1).
         epsilon: Added to the root.
         weight_decay: Coefficient of the decoupled decay.
         weight_decay_where: Predicate on path and parameter: what is decayed; all if not given.
@@ -55,9 +56,11 @@ def adamw(
         tensor([-0.1000])
     """
     decay: Transformation = add_decayed_weights(weight_decay)
+    if weight_decay_where is not None:
+        decay = masked(decay, where=weight_decay_where)
     return chain(
         scale_by_adam(beta1, beta2, epsilon),
-        decay if weight_decay_where is None else masked(decay, where=weight_decay_where),
+        *unless_zero(weight_decay, decay),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -90,8 +93,8 @@ def sgd(
         tensor([-0.3000])
     """
     return chain(
-        add_decayed_weights(weight_decay),
-        trace(momentum, nesterov=nesterov),
+        *unless_zero(weight_decay, add_decayed_weights(weight_decay)),
+        *unless_zero(momentum, trace(momentum, nesterov=nesterov)),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -118,7 +121,7 @@ def adagrad(
         tensor([-0.1000])
     """
     return chain(
-        add_decayed_weights(weight_decay),
+        *unless_zero(weight_decay, add_decayed_weights(weight_decay)),
         scale_by_rss(epsilon),
         scale_by_learning_rate(learning_rate),
     )
@@ -136,7 +139,7 @@ def rmsprop(
 
     Args:
         learning_rate: A number, 0-d tensor, or schedule of the step.
-        beta2: Decay of the mean square (torch.optim's alpha), in (0, 1).
+        beta2: Decay of the mean square (torch.optim's alpha), in [0, 1).
         epsilon: Added to the root.
         momentum: Decay of the momentum on the direction, in [0, 1).
         weight_decay: Coefficient of the L2 regularisation.
@@ -151,8 +154,8 @@ def rmsprop(
         tensor([-0.2000])
     """
     return chain(
-        add_decayed_weights(weight_decay),
+        *unless_zero(weight_decay, add_decayed_weights(weight_decay)),
         scale_by_rms(beta2, epsilon),
-        trace(momentum),
+        *unless_zero(momentum, trace(momentum)),
         scale_by_learning_rate(learning_rate),
     )

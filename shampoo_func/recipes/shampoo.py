@@ -17,6 +17,7 @@ from shampoo_func.preconditioners import (
     kronecker,
     second_moment,
 )
+from shampoo_func.recipes.parts import is_zero, unless_zero
 from shampoo_func.transforms import (
     Chain,
     add_decayed_weights,
@@ -42,7 +43,7 @@ def shampoo(
     beta1: Scalar = 0.9,
     beta2: Scalar = 0.999,
     beta3: Scalar | None = None,
-    epsilon: float = 1e-12,
+    epsilon: Scalar = 1e-12,
     weight_decay: Scalar = 0.0,
     weight_decay_kind: DecayKind = "decoupled",
     peak_learning_rate: Scalar | None = None,
@@ -76,8 +77,8 @@ def shampoo(
 
     Args:
         learning_rate: A number, 0-d tensor, or schedule of the step.
-        beta1: Decay of the gradient filter, in [0, 1); 0 for none.
-        beta2: Decay of the factors, in (0, 1]; the number 1 means AdaGrad's sum. Adam and
+        beta1: Decay of the gradient filter, in [0, 1); the number 0 for none, whatever beta3.
+        beta2: Decay of the factors, in [0, 1]; the number 1 means AdaGrad's sum. Adam and
             RMSprop grafting use the same decay.
         beta3: Coefficient of the filter for the current direction only; `beta1` if not given.
         epsilon: Damping of the factors, in the units of the squared gradient.
@@ -119,7 +120,7 @@ def shampoo(
     check_choice(
         "weight_decay_kind", weight_decay_kind, ("decoupled", "l2", "corrected", "independent")
     )
-    if root is not None and epsilon != 1e-12:
+    if root is not None and (isinstance(epsilon, Tensor) or epsilon != 1e-12):
         raise HyperparameterError(
             f"epsilon={epsilon!r} and root={root!r} are both given; set epsilon in the root."
         )
@@ -138,30 +139,24 @@ def shampoo(
     shampoo_direction = blocked(
         precondition(
             direction if magnitude is None else graft(direction=direction, magnitude=magnitude),
-            filter=identity() if _is_zero(beta1) and beta3 is None else averaged,
+            filter=identity() if is_zero(beta1) else averaged,
             refresh_every=refresh_every,
             start=start,
         ),
         block_size=block_size,
         merge_dims=merge_dims,
     )
-    decay: list[Transformation] = []
-    check_number("weight_decay", weight_decay)
-    if not _is_zero(weight_decay):
-        decay = [_decay(weight_decay, weight_decay_kind, learning_rate, peak_learning_rate)]
+    decay = unless_zero(
+        weight_decay, _decay(weight_decay, weight_decay_kind, learning_rate, peak_learning_rate)
+    )
     before, after = (decay, []) if weight_decay_kind == "l2" else ([], decay)
-    moved = trace(momentum, nesterov=nesterov, dampening=dampening)
     return chain(
         *before,
         shampoo_direction,
         *after,
-        *([] if _is_zero(momentum) else [moved]),
+        *unless_zero(momentum, trace(momentum, nesterov=nesterov, dampening=dampening)),
         scale_by_learning_rate(learning_rate),
     )
-
-
-def _is_zero(value: Any) -> bool:
-    return not isinstance(value, Tensor) and value == 0
 
 
 def _grafted_method(
@@ -201,7 +196,10 @@ def _decay(
     peak: Scalar | None,
 ) -> Transformation:
     """Return the decay stage of the given kind."""
-    if kind in ("l2", "decoupled"):
+    check_number("weight_decay", weight_decay)
+    if peak is not None:
+        check_number("peak_learning_rate", peak, low_open=True, high_open=True)
+    if is_zero(weight_decay) or kind in ("l2", "decoupled"):
         return add_decayed_weights(weight_decay)
     if peak is None:
         if callable(learning_rate) or isinstance(learning_rate, Tensor):
@@ -210,7 +208,7 @@ def _decay(
                 "peak_learning_rate: the rate that weight_decay is meant for."
             )
         peak = learning_rate
-    check_number("peak_learning_rate", peak, low_open=True)
+    check_number("learning_rate", peak, low_open=True)
     if kind == "independent":
         return add_decayed_weights(weight_decay / peak)
     if callable(learning_rate) and not isinstance(learning_rate, Tensor):

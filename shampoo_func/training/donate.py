@@ -79,6 +79,11 @@ def _overwrite(old: tuple[Tree, ...], new: tuple[Tree, ...]) -> None:
 
 def _check_fit(old: Tree, targets: list[Tensor], sources: list[Any]) -> None:
     for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if not isinstance(target, Tensor):
+            raise DonationError(
+                f"the donated leaf {tree.path_of(old, index)!r} is no tensor but "
+                f"{type(target).__name__}; pass trees of tensors only."
+            )
         fits = (
             isinstance(source, Tensor)
             and source.shape == target.shape
@@ -97,22 +102,29 @@ def _check_fit(old: Tree, targets: list[Tensor], sources: list[Any]) -> None:
 
 
 def _check_aliases(old: Tree, targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Refuse a result that is another leaf's memory: it would be overwritten before its use."""
+    """Refuse memory that is in two places: writing one leaf would spoil another."""
     owner: dict[Any, int] = {}
     for index, target in enumerate(targets):
+        path = tree.path_of(old, index)
+        if _overlaps_itself(target):
+            raise DonationError(
+                f"the donated leaf {path!r} has several elements in one place of memory "
+                f"(strides {target.stride()}); pass target.contiguous()."
+            )
         first = owner.setdefault(_memory(target), index)
         if first != index and target.numel():
             raise DonationError(
-                f"the donated leaves {tree.path_of(old, first)!r} and "
-                f"{tree.path_of(old, index)!r} share memory; pass a clone of one."
+                f"the donated leaves {tree.path_of(old, first)!r} and {path!r} share memory; "
+                "pass a clone of one."
             )
-    for index, source in enumerate(sources):
-        other = owner.get(_memory(source), index)
-        if other != index and source.numel():
-            raise DonationError(
-                f"the result for {tree.path_of(old, index)!r} is the memory of "
-                f"{tree.path_of(old, other)!r}; return a clone of it."
-            )
+    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        other = owner.get(_memory(source))
+        if other is None or not source.numel() or (other == index and _same(target, source)):
+            continue
+        raise DonationError(
+            f"the result for {tree.path_of(old, index)!r} is memory of the input "
+            f"{tree.path_of(old, other)!r}; return a clone of it."
+        )
 
 
 def _memory(tensor: Tensor) -> Any:
@@ -120,3 +132,22 @@ def _memory(tensor: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return id(tensor)  # addresses are unknown while tracing
     return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _same(target: Tensor, source: Tensor) -> bool:
+    """Whether both are the same view of their memory."""
+    return target is source or (
+        target.storage_offset() == source.storage_offset() and target.stride() == source.stride()
+    )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether some elements share a place, as in an expanded tensor."""
+    sizes: tuple[int, ...] = tensor.shape
+    strides: tuple[int, ...] = tensor.stride()
+    extent = 0
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size > 1 and stride <= extent:
+            return tensor.numel() > 0
+        extent += stride * (size - 1)
+    return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func import tree
-from shampoo_func.errors import HyperparameterError
+from shampoo_func.errors import HyperparameterError, TreeMismatchError, check_count
 from shampoo_func.types import RefreshSchedule, Transformation, Tree
 
 __all__ = ["Sweep", "stack_copies", "sweep"]
@@ -47,9 +47,21 @@ class Sweep(Transformation):
         names = [name for name, _ in self.values]
         return self.factory(**dict(zip(names, values, strict=True)))
 
+    def _check_stacked(self, stacked: Tree) -> None:
+        """Check that every leaf has the runs first."""
+        runs = self.values[0][1].shape[0]
+        for index, leaf in enumerate(tree.leaves(stacked)):
+            if leaf is not None and (leaf.ndim == 0 or leaf.shape[0] != runs):
+                raise TreeMismatchError(
+                    f"{tree.path_of(stacked, index)!r} has shape {tuple(leaf.shape)}, but a sweep "
+                    f"of {runs} runs needs ({runs}, ...); stack the runs' tensors along a new "
+                    "first dimension (stack_copies)."
+                )
+
     def init(self, params: Tree) -> Any:
         """Return the states for stacked parameters, stacked."""
         tree.check_params(params)
+        self._check_stacked(params)
         flat, structure = tree.flatten(params)
 
         def init(leaves: list[Tensor], *values: Tensor) -> Any:
@@ -62,8 +74,9 @@ class Sweep(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, Any]:
         """Update every member of the sweep with its own hyper-parameters."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
+        self._check_stacked(updates)
         flat, structure = tree.flatten(updates)
         given = [index for index, leaf in enumerate(flat) if leaf is not None]
         param_leaves, param_structure = tree.flatten(() if params is None else params)
@@ -134,8 +147,12 @@ def stack_copies(params: Tree, runs: int) -> Tree:
         params: The parameters of one run.
         runs: How many copies.
 
+    Raises:
+        HyperparameterError: If `runs` is no positive int.
+
     Example:
         >>> stack_copies({"w": torch.zeros(2)}, 3)["w"].shape
         torch.Size([3, 2])
     """
+    check_count("runs", runs)
     return tree.map_params(lambda leaf: torch.stack([leaf] * runs), params)

@@ -18,6 +18,11 @@ from shampoo_func.transforms.hyperparams import (
     with_hyperparams,
 )
 from shampoo_func.transforms.inspect import BlockView, parameter_state
+from shampoo_func.transforms.joined_schedules import (
+    join_schedules,
+    warmup_cosine_decay_schedule,
+    warmup_stable_decay_schedule,
+)
 from shampoo_func.transforms.momentum import Ema, EmaState, Trace, TraceState, ema, trace
 from shampoo_func.transforms.named import (
     scale_by_adam,
@@ -41,11 +46,8 @@ from shampoo_func.transforms.scaling import (
 from shampoo_func.transforms.schedules import (
     constant_schedule,
     cosine_decay_schedule,
-    join_schedules,
     linear_schedule,
     piecewise_constant_schedule,
-    warmup_cosine_decay_schedule,
-    warmup_stable_decay_schedule,
 )
 
 __all__ = [

@@ -63,7 +63,7 @@ class Accumulate(Transformation):
         self, updates: Tree, state: AccumulateState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, AccumulateState]:
         """Add to the mean; on every k-th call hand it to the inner stage, else return zeros."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, state.mean)
         step = state.step + 1
 

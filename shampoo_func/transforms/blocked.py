@@ -59,7 +59,7 @@ class Blocked(Transformation):
         self, updates: Tree, state: dict[str, Any], params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, dict[str, Any]]:
         """Cut the updates into stacks, transform each, and lay the blocks back."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
         leaves, structure = tree.flatten(updates)
         present = [leaf is not None for leaf in leaves]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shampoo_func import tree
-from shampoo_func.errors import ChainError, MissingParamsError
+from shampoo_func.errors import ChainError
 from shampoo_func.types import Transformation, Tree
 
 __all__ = ["Chain", "chain"]
@@ -36,13 +36,7 @@ class Chain(Transformation):
         **extra: Any,
     ) -> tuple[Tree, dict[str, Any]]:
         """Send the updates through the stages; each gets the extra arguments it declares."""
-        self.check_extra(extra)
-        if params is None and self.needs_params:
-            needing = [name for name, stage in self.stages if stage.needs_params]
-            raise MissingParamsError(
-                f"the stage(s) {', '.join(needing)} of this chain need the parameters: call "
-                "update(updates, state, params)."
-            )
+        self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
         if set(state) != {name for name, _ in self.stages}:
             raise ChainError(
@@ -82,7 +76,7 @@ def chain(*stages: Transformation | tuple[str, Transformation], **named: Transfo
     pairs: list[tuple[str, Transformation]] = []
     for entry in (*stages, *named.items()):
         pair = entry if isinstance(entry, tuple) else (getattr(entry, "name", ""), entry)
-        name, stage = pair
+        name, stage = pair if len(pair) == 2 else ("", None)
         if not isinstance(stage, Transformation) or not isinstance(name, str):
             raise ChainError(
                 f"chain takes transformations or (name, transformation) pairs, got {entry!r}; "

@@ -18,10 +18,17 @@ __all__ = ["Clip", "ClipByGlobalNorm", "clip", "clip_by_global_norm", "global_no
 def global_norm(updates: Tree) -> Tensor:
     """Return the Euclidean norm of all leaves together, 0-d, in at least float32.
 
+    Args:
+        updates: A tree of real floating tensors; None leaves count for nothing.
+
+    Raises:
+        GradientError: If a leaf is anything else.
+
     Example:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0]), "c": None})
         tensor(5.)
     """
+    tree.check_updates(updates)
     norms = [
         torch.linalg.vector_norm(leaf, dtype=linalg.compute_dtype(leaf.dtype))
         for leaf in tree.leaves(updates)
@@ -48,8 +55,8 @@ class Clip(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, EmptyState]:
         """Clamp every element."""
-        self.check_extra(extra)
-        tree.check_updates(updates)
+        self.check_call(params, extra)
+        tree.check_updates(updates, params, what="the parameter")
 
         def clamp(update: Tensor) -> Tensor:
             bound: Any = linalg.align(self.max_value, update)
@@ -73,8 +80,8 @@ class ClipByGlobalNorm(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, EmptyState]:
         """Scale all updates by one factor of at most 1."""
-        self.check_extra(extra)
-        tree.check_updates(updates)
+        self.check_call(params, extra)
+        tree.check_updates(updates, params, what="the parameter")
         norm = global_norm(updates)
         # the derivative of max_norm / norm at 0 is infinite, so 0 must not reach the quotient
         factor = (self.max_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)

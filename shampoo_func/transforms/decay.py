@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func import linalg, tree
-from shampoo_func.errors import MissingParamsError, check_number
+from shampoo_func.errors import check_number
 from shampoo_func.transforms.scaling import ScheduleState, first_step
 from shampoo_func.types import EmptyState, Scalar, Schedule, Transformation, Tree
 
@@ -40,12 +40,7 @@ class AddDecayedWeights(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, Any]:
         """Add `weight_decay * params` to the updates."""
-        self.check_extra(extra)
-        if params is None:
-            raise MissingParamsError(
-                f"{self.name} adds weight_decay * params, so it needs the parameters: call "
-                "update(updates, state, params)."
-            )
+        self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
         decay: Any = self.weight_decay
         if self._scheduled:

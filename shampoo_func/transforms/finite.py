@@ -58,7 +58,7 @@ class ApplyIfFinite(Transformation):
         self, updates: Tree, state: ApplyIfFiniteState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, ApplyIfFiniteState]:
         """Update if every gradient is finite; else return zeros and the old inner state."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
         finite = all_finite(updates).to(state.skipped.device)
         zeros = tree.map(torch.zeros_like, updates)

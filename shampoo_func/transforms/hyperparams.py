@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ class WithHyperparams(Transformation):
         self, updates: Tree, state: WithHyperparamsState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, WithHyperparamsState]:
         """Update with the hyper-parameters that the state holds now."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
         names = [name for name, _ in self.hyperparams]
         if sorted(state.hyperparams) != sorted(names):
@@ -73,14 +74,18 @@ class WithHyperparams(Transformation):
         return out, WithHyperparamsState(values, inner)
 
 
+def _becomes_leaf(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, float) and math.isfinite(value))
+
+
 def with_hyperparams(
     factory: Callable[..., Transformation], /, **arguments: Any
 ) -> WithHyperparams:
     """Build a transformation whose float arguments live in the state as 0-d tensors.
 
-    Floats and 0-d tensors become leaves of `state.hyperparams`; every other argument (ints,
-    bools, strings, schedules, dtypes) stays as it is. Changing a leaf does not recompile, and
-    `vmap` and `grad` see it like any other input.
+    Finite floats and 0-d tensors become leaves of `state.hyperparams`; every other argument
+    (ints, bools, strings, schedules, dtypes, infinity) stays as it is. Changing a leaf does not
+    recompile, and `vmap` and `grad` see it like any other input.
 
     Args:
         factory: A recipe or constructor, e.g. `shampoo`; a module-level function keeps the
@@ -101,9 +106,7 @@ def with_hyperparams(
     if not callable(factory):
         raise HyperparameterError(f"with_hyperparams needs a constructor, got {factory!r}.")
     factory(**arguments)  # numbers are validated here; as tensors they no longer can be
-    leaves = tuple(
-        (name, value) for name, value in arguments.items() if isinstance(value, float | Tensor)
-    )
+    leaves = tuple((name, value) for name, value in arguments.items() if _becomes_leaf(value))
     if not leaves:
         raise HyperparameterError(
             f"none of the arguments {sorted(arguments)} is a float or a tensor; write 1.0 for 1."

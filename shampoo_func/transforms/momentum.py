@@ -43,7 +43,7 @@ class Trace(Transformation):
         self, updates: Tree, state: TraceState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, TraceState]:
         """Add the updates to the momentum and return it, or Nesterov's look-ahead."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, state.trace)
 
         def add(momentum: Tensor, update: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Ema(Transformation):
         self, updates: Tree, state: EmaState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, EmaState]:
         """Return the (corrected) average of the updates so far."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, state.ema)
         step = tree.advance_counters(state.step, updates)
         average = tree.advance(lambda m, u: linalg.ema(m, u, self.decay), state.ema, updates)

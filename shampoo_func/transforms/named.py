@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shampoo_func.errors import check_number
 from shampoo_func.preconditioners import kronecker, second_moment
 from shampoo_func.transforms.blocked import Blocked, blocked
 from shampoo_func.transforms.momentum import ema
@@ -20,8 +21,11 @@ def scale_by_adam(
 
     Args:
         beta1: Decay of the mean, in [0, 1).
-        beta2: Decay of the second moment, in (0, 1).
+        beta2: Decay of the second moment, in [0, 1).
         epsilon: Added to the root.
+
+    Raises:
+        HyperparameterError: If a number is out of range.
 
     Source: arXiv 1412.6980, algorithm 1.
 
@@ -31,6 +35,7 @@ def scale_by_adam(
         >>> tx.update(torch.tensor([3.0, -4.0]), tx.init(torch.zeros(2)))[0]
         tensor([ 1., -1.])
     """
+    check_number("beta2", beta2, high=1.0, high_open=True)
     return precondition(second_moment(beta2, epsilon=epsilon), filter=ema(beta1))
 
 
@@ -40,7 +45,7 @@ def scale_by_rms(
     """RMSprop's direction: the gradient over the root of its mean square.
 
     Args:
-        beta2: Decay of the mean square, in (0, 1).
+        beta2: Decay of the mean square, in [0, 1).
         epsilon: Added to the root.
         bias_correction: Whether to divide the mean square by 1 - beta2^t.
 
@@ -50,6 +55,7 @@ def scale_by_rms(
         >>> tx.update(torch.tensor([3.0, -4.0]), tx.init(torch.zeros(2)))[0]
         tensor([ 2., -2.])
     """
+    check_number("beta2", beta2, high=1.0, high_open=True)
     return precondition(second_moment(beta2, epsilon=epsilon, bias_correction=bias_correction))
 
 
@@ -82,7 +88,7 @@ def scale_by_shampoo(
 
     Args:
         beta1: Decay of the gradient filter, in [0, 1).
-        beta2: Decay of the factors, in (0, 1]; the number 1 means AdaGrad's sum.
+        beta2: Decay of the factors, in [0, 1]; the number 1 means AdaGrad's sum.
         refresh_every: Updates between two refreshes.
         start: The first update that refreshes; `refresh_every` if not given.
         block_size: See `blocked`.

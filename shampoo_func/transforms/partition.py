@@ -61,7 +61,7 @@ class Partition(Transformation):
         self, updates: Tree, state: dict[str, Any], params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, dict[str, Any]]:
         """Send every parameter's update through its own transformation."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
         judged = updates if params is None else params
         groups = self._split(updates, judged)
@@ -168,7 +168,7 @@ class Masked(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, Any]:
         """Transform the chosen updates and pass the others on."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         whole = self._partition(updates if params is None else params)
         both = {"chosen": state, "rest": ()}
         updates, after = whole.update(updates, both, params, **extra)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from shampoo_func import tree
-from shampoo_func.errors import HyperparameterError, check_choice, check_count
+from shampoo_func.errors import HyperparameterError, TreeMismatchError, check_count
 from shampoo_func.transforms.control import when
 from shampoo_func.transforms.scaling import Identity
 from shampoo_func.types import Preconditioner, RefreshSchedule, Transformation, Tree
@@ -74,10 +74,15 @@ class Precondition(Transformation):
         **extra: Any,
     ) -> tuple[Tree, PreconditionState]:
         """Accumulate the raw gradient, refresh if due, and apply to the filtered gradient."""
-        self.check_extra(extra)
+        self.check_call(params, extra)
         refresh = extra.pop("refresh", None)
-        check_choice("refresh", refresh, (None, True, False))
+        if refresh is not None and not isinstance(refresh, bool):
+            raise HyperparameterError(
+                f"refresh must be None, True or False, got {refresh!r}; a tensor's value is "
+                "never looked at: pass None to decide from state.step."
+            )
         tree.check_updates(updates, params, what="the parameter")
+        self._check_state(updates, state)
         filtered, filter_state = self.filter.update(updates, state.filter, params, **extra)
         step = tree.advance_counters(state.step, updates)
         inner = tree.advance(self.preconditioner.accumulate, state.preconditioner, updates)
@@ -91,6 +96,24 @@ class Precondition(Transformation):
 
         out = tree.map(apply, updates, filtered, inner)
         return out, PreconditionState(step, filter_state, inner)
+
+    def _check_state(self, updates: Tree, state: PreconditionState) -> None:
+        """Check that every gradient has the shape that its preconditioner was made for."""
+        flat, structure = tree.flatten(updates)
+        states = tree.flatten_up_to(structure, state.preconditioner, updates)
+        for index, (leaf, own) in enumerate(zip(flat, states, strict=True)):
+            wanted = None if leaf is None else self.preconditioner.block_shape(own)
+            if wanted is None:
+                continue
+            fits = len(wanted) == leaf.ndim and all(
+                size in (None, seen) for size, seen in zip(wanted, leaf.shape, strict=True)
+            )
+            if not fits:
+                raise TreeMismatchError(
+                    f"the gradient of {tree.path_of(updates, index)!r} has shape "
+                    f"{tuple(leaf.shape)}, but the state was made for shape {wanted}; pass the "
+                    "gradient of that parameter, or call init again with the new parameters."
+                )
 
     def _refresh_if_due(self, state: Any, update: Tensor, step: Tensor) -> Any:
         """Refresh the blocks whose own clock says so."""

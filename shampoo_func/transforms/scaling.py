@@ -51,8 +51,8 @@ class Identity(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, EmptyState]:
         """Return the updates unchanged."""
-        self.check_extra(extra)
-        tree.check_updates(updates)
+        self.check_call(params, extra)
+        tree.check_updates(updates, params, what="the parameter")
         return updates, state
 
 
@@ -71,8 +71,8 @@ class Scale(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, EmptyState]:
         """Multiply every update by the factor."""
-        self.check_extra(extra)
-        tree.check_updates(updates)
+        self.check_call(params, extra)
+        tree.check_updates(updates, params, what="the parameter")
         return tree.map(lambda u: linalg.scaled(u, self.factor), updates), state
 
 
@@ -92,8 +92,8 @@ class ScaleBySchedule(Transformation):
         self, updates: Tree, state: ScheduleState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, ScheduleState]:
         """Multiply every update by the schedule's value, and count."""
-        self.check_extra(extra)
-        tree.check_updates(updates)
+        self.check_call(params, extra)
+        tree.check_updates(updates, params, what="the parameter")
         factor = self.sign * self.schedule(state.step)
         scaled = tree.map(lambda u: linalg.scaled(u, factor), updates)
         return scaled, ScheduleState(state.step + 1)
@@ -114,8 +114,8 @@ class ScaleByLearningRate(Transformation):
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, EmptyState]:
         """Multiply every update by minus the learning rate."""
-        self.check_extra(extra)
-        tree.check_updates(updates)
+        self.check_call(params, extra)
+        tree.check_updates(updates, params, what="the parameter")
         return tree.map(lambda u: linalg.scaled(u, -self.learning_rate), updates), state
 
 

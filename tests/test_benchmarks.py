@@ -1,0 +1,60 @@
+"""The benchmark's command line, on a set too small to time and without the compiler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, Problem, shampoo
+from benchmarks.sets import SETS
+from benchmarks.timing import Job, interleave
+
+EAGER = [name for name in CASES if not name.endswith("-compiled")]
+
+
+def test_tiny_set_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table and the JSON have every case that was asked for."""
+    path = tmp_path / "result.json"
+    options = ["--set", "tiny", "--rounds", "2", "--block-size", "16", "--json", str(path)]
+    assert main([*options, "--cases", *EAGER]) == 0
+    table, report = capsys.readouterr().out, json.loads(path.read_text())
+    found = {(entry["case"], entry["step"]) for entry in report["steps"]}
+    assert found == {(name, "plain") for name in EAGER} | {("shampoo-eager", "refresh")}
+    assert all(len(entry["samples_ms"]) == 2 for entry in report["steps"])
+    assert all(sample > 0 for entry in report["steps"] for sample in entry["samples_ms"])
+    assert set(report["amortised_ms"]) == {"shampoo-eager"}
+    assert all(name in table for name in EAGER)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help names the sets."""
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "gpt" in capsys.readouterr().out
+
+
+def test_gpt_set_is_the_one_that_was_measured() -> None:
+    """The set has 3.41 M numbers in 52 square blocks and 9 vectors."""
+    problem = Problem.of("gpt", 256)
+    assert sum(leaf.numel() for leaf in SETS["gpt"]().values()) == 3_410_176
+    state = shampoo(problem).init(problem.params)["precondition"]
+    assert {name: stack.step.shape[0] for name, stack in state.items()} == {"256": 9, "256x256": 52}
+
+
+def test_interleaving_times_every_job_in_every_round() -> None:
+    """No job runs twice in a row, and each is timed once per round after the warm-up."""
+    seen: list[str] = []
+
+    def job(name: str) -> Job:
+        return Job(name, "plain", lambda number: seen.append(name))
+
+    jobs = [job(name) for name in "abc"]
+    ticks = iter(range(1000))
+    measured = interleave(jobs, rounds=4, clock=lambda: float(next(ticks)), warmup=2)
+    assert [m.samples for m in measured] == [(1.0,) * 4] * 3
+    assert [seen.count(name) for name in "abc"] == [6, 6, 6]
+    assert all(sorted(seen[k : k + 3]) == ["a", "b", "c"] for k in range(0, 18, 3))
