@@ -12,6 +12,7 @@ from typing import Any
 import optree
 import torch
 
+from shampoo_func import walk
 from shampoo_func.errors import GradientError, ParameterError, ShampooFuncError, TreeMismatchError
 from shampoo_func.types import Tree
 
@@ -32,17 +33,21 @@ __all__ = [
 ]
 
 Structure = Any
-"""An optree treespec, or what stands for one while torch.compile traces."""
+"""An optree treespec; while torch.compile traces, a tree that has the structure."""
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
     """Return the leaves of `tree`, None among them, and its structure."""
+    if torch.compiler.is_compiling():
+        return walk.collect(tree, []), tree
     flat, structure = optree.tree_flatten(tree, none_is_leaf=True)
     return flat, structure
 
 
 def unflatten(structure: Structure, flat: list[Any]) -> Tree:
     """Rebuild the tree of the given structure from its leaves."""
+    if torch.compiler.is_compiling():
+        return walk.rebuild(structure, iter(flat))
     return optree.tree_unflatten(structure, flat)
 
 
@@ -58,7 +63,11 @@ def paths(tree: Tree) -> list[str]:
         >>> paths({"layer": {"weight": torch.ones(2), "bias": None}})
         ['layer.bias', 'layer.weight']
     """
-    found = optree.tree_flatten_with_path(tree, none_is_leaf=True)[0]
+    found: list[tuple[Any, ...]] = []
+    if torch.compiler.is_compiling():
+        walk.collect_paths(tree, (), found)
+    else:
+        found = optree.tree_flatten_with_path(tree, none_is_leaf=True)[0]
     return [".".join(str(key) for key in path) for path in found]
 
 
@@ -74,6 +83,8 @@ def flatten_up_to(structure: Structure, tree: Tree, reference: Tree) -> list[Any
         TreeMismatchError: If `tree` lacks a place that `reference` has, or has another.
     """
     try:
+        if torch.compiler.is_compiling():
+            return walk.collect_up_to(structure, tree, [])
         subtrees = structure.flatten_up_to(tree)
     except (ValueError, TypeError, KeyError) as error:
         raise _mismatch(tree, reference) from error

@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     "errors",
     "types",
+    "walk",
     "tree",
     "linalg",
     "blocks",

@@ -105,17 +105,16 @@ def _check_aliases(old: Tree, targets: list[Tensor], sources: list[Tensor]) -> N
     """Refuse memory that is in two places: writing one leaf would spoil another."""
     owner: dict[Any, int] = {}
     for index, target in enumerate(targets):
-        path = tree.path_of(old, index)
         if _overlaps_itself(target):
             raise DonationError(
-                f"the donated leaf {path!r} has several elements in one place of memory "
-                f"(strides {target.stride()}); pass target.contiguous()."
+                f"the donated leaf {tree.path_of(old, index)!r} has several elements in one "
+                f"place of memory (strides {target.stride()}); pass target.contiguous()."
             )
         first = owner.setdefault(_memory(target), index)
         if first != index and target.numel():
             raise DonationError(
-                f"the donated leaves {tree.path_of(old, first)!r} and {path!r} share memory; "
-                "pass a clone of one."
+                f"the donated leaves {tree.path_of(old, first)!r} and "
+                f"{tree.path_of(old, index)!r} share memory; pass a clone of one."
             )
     for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
         other = owner.get(_memory(source))
