@@ -8,6 +8,7 @@ examples/train_lm.py --help` for the options; `make demo` runs it with the defau
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import shlex
@@ -18,18 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from lm.checkpoint import CheckpointError
 from lm.data import Corpus, load_corpus, validation_batches
 from lm.model import SIZES, initial_params
-from lm.recipes import RECIPES
+from lm.recipes import RECIPES, recipe_names
 from lm.report import comparison, table, write_json, write_plot
 from lm.session import Interrupted, SaveOnInterrupt, Session
 from lm.training import Task
 
-VALIDATION_BATCHES = 4
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+LONG = 4000
+"""From so many steps on, compiling on a CPU saves more time than it takes."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add = parse.add_argument
     add(
         "--optimizers",
-        type=_names,
+        type=recipe_names,
         default="adamw,shampoo",
         metavar="NAMES",
         help=f"comma-separated, the first is the baseline; known: {', '.join(RECIPES)}",
@@ -51,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
         "--learning-rate",
         type=_named_rate,
         action="append",
-        default=[],
+        default=argparse.SUPPRESS,
         metavar="NAME=RATE",
-        help="peak learning rate of one optimizer; may be repeated",
+        help="peak learning rate of one optimizer; may be repeated (default: the swept best)",
     )
     add("--size", choices=SIZES, default="small", help="size of the model")
     add("--steps", type=_positive, default=400, help="training steps of each optimizer")
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile; auto: on where a compiler is found",
+        help=f"torch.compile; auto: where it pays, on CUDA or from {LONG} steps, and is possible",
     )
     add("--evaluate-every", type=_positive, default=10, help="steps between validations")
     add("--save-every", type=_positive, default=50, help="steps between checkpoints")
@@ -89,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
-        command = shlex.join(["python", sys.argv[0], *argv, *["--resume"] * (not options.resume)])
-        print(f"{stop}; continue with\n  {command}", file=sys.stderr)
+        print(f"{stop}; continue with\n  {_resuming(argv, options)}", file=sys.stderr)
         return INTERRUPTED
     print(table(results))
     for result in results[1:]:
@@ -104,15 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _names(text: str) -> list[str]:
-    """Parse the list of optimizers."""
-    names = text.split(",")
-    for name in names:
-        if name not in RECIPES:
-            raise argparse.ArgumentTypeError(f"unknown {name!r}; known: {', '.join(RECIPES)}")
-    if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError("an optimizer is named twice")
-    return names
+def _resuming(argv: list[str], options: argparse.Namespace) -> str:
+    """Return the command that continues this run."""
+    more = [] if options.resume else ["--resume"]
+    if not any(argument.startswith("--threads") for argument in argv):
+        more += ["--threads", str(options.threads)]
+    return shlex.join([sys.executable, sys.argv[0], *argv, *more])
 
 
 def _named_rate(text: str) -> tuple[str, float]:
@@ -132,30 +130,32 @@ def _positive(text: str) -> int:
 
 def _configure(options: argparse.Namespace) -> None:
     """Make every run with these options give the same bits."""
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: this torch sees no CUDA device; use --device cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(options.threads)
     options.compile = options.compile == "on" or (
-        options.compile == "auto" and _can_compile(options.device)
+        options.compile == "auto" and _compile_pays(options.device, options.steps)
     )
 
 
-def _can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds its compiler: Triton for CUDA, a C++ compiler for the CPU."""
+def _compile_pays(device: torch.device, steps: int) -> bool:
+    """Whether torch.compile has its compiler (Triton or C++) and enough steps to repay it."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
-    return any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
+        return importlib.util.find_spec("triton") is not None
+    found = any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"]))
+    return found and steps >= LONG
 
 
 def _session(options: argparse.Namespace, name: str, corpus: Corpus) -> Session:
     """Describe the run of one optimizer."""
     config = SIZES[options.size]
     model, _ = initial_params(config, options.seed, options.device)
-    validation = validation_batches(
-        corpus, VALIDATION_BATCHES, batch=options.batch, context=config.context
-    )
-    rate = dict(options.learning_rate).get(name, RECIPES[name].learning_rate)
+    validation = validation_batches(corpus, config.context)
+    given = dict(getattr(options, "learning_rate", []))
+    rate = given.get(name, RECIPES[name].learning_rate)
     return Session(
         name=name,
         learning_rate=rate,
@@ -184,21 +184,21 @@ def _settings(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
         **{name: getattr(options, name) for name in names},
         "device": str(options.device),
         "corpus": corpus.digest,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "machine": platform.machine(),
     }
 
 
 def _check_folder(options: argparse.Namespace, sessions: Sequence[Session]) -> None:
     """Find the checkpoints to resume, or clear the way for a new run."""
-    options.out.mkdir(parents=True, exist_ok=True)
     found = [session.path for session in sessions if session.path.exists()]
     if options.resume and not found:
         raise CheckpointError(f"nothing to resume in {options.out}")
     if not options.resume:
         for path in found:
-            print(f"starting anew: {path} is removed (--resume continues it)", file=sys.stderr)
-            path.unlink()
+            kept = path.replace(path.with_suffix(".old"))
+            print(f"starting anew (no --resume): {path.name} is now {kept}", file=sys.stderr)
+    options.out.mkdir(parents=True, exist_ok=True)
 
 
 def _sentence(row: dict[str, Any]) -> str:

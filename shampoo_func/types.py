@@ -192,6 +192,11 @@ class Preconditioner(ABC):
     def apply(self, state: Any, updates: torch.Tensor) -> torch.Tensor:
         """Precondition the (filtered) gradient: every step."""
 
+    @property
+    def refreshes(self) -> bool:
+        """Whether `refresh` does anything, so that a clock is needed."""
+        return True
+
     def block_shape(self, state: Any) -> tuple[int | None, ...] | None:
         """Return the shape of the gradients that a state is for; None where any would do."""
         return None

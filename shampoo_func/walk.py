@@ -40,8 +40,8 @@ def collect_paths(node: Tree, path: tuple[Any, ...], found: list[tuple[Any, ...]
         for key in _keys(node):
             collect_paths(node[key], (*path, key), found)
     elif isinstance(node, list | tuple):
-        for entry, child in zip(_entries(node), node, strict=True):
-            collect_paths(child, (*path, entry), found)
+        for index, child in enumerate(node):
+            collect_paths(child, (*path, index), found)
     else:
         found.append(path)
 
@@ -97,8 +97,3 @@ def _keys(node: dict[Any, Any]) -> list[Any]:
 
 def _type_name(key: Any) -> str:
     return f"{type(key).__module__}.{type(key).__qualname__}"
-
-
-def _entries(node: Any) -> Any:
-    """Return the names of a NamedTuple's fields, or the positions in a sequence."""
-    return node._fields if hasattr(node, "_fields") else range(len(node))

@@ -225,3 +225,15 @@ def test_bad_argument_is_refused(make: Callable[[Any], Any], bad: Any) -> None:
     """NaN, text, fractions of steps and boundaries that do not rise are refused at once."""
     with pytest.raises(HyperparameterError):
         make(bad)
+
+
+def test_refresh_clock_of_a_partition() -> None:
+    """Only stages with something to refresh have a clock: Shampoo beside AdamW has one answer."""
+    tx = sf.partition(
+        {"matrix": sf.shampoo(1e-3, refresh_every=4), "rest": sf.adamw(1e-3)},
+        lambda path, leaf: "matrix" if leaf.ndim == 2 else "rest",
+    )
+    assert [t for t in range(1, 13) if sf.refresh_due(tx, t)] == [4, 8, 12]
+    assert sf.adamw(1e-3).refresh_schedules == frozenset()
+    every_other = sf.accumulate(sf.shampoo(1e-3, refresh_every=3), every=2)
+    assert [t for t in range(1, 19) if sf.refresh_due(every_other, t)] == [6, 12, 18]

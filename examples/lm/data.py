@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-__all__ = ["MAX_BYTES", "Corpus", "load_corpus", "training_batch", "validation_batches"]
+__all__ = ["Corpus", "load_corpus", "training_batch", "validation_batches"]
 
 MAX_BYTES = 8_000_000
 """Files are taken until this many bytes are read (training and validation together)."""
@@ -25,10 +25,22 @@ MIN_BYTES = 500_000
 HELD_OUT = 10
 """One file in so many is held out for validation."""
 
-SKIPPED = frozenset(
-    "__pycache__ dist-packages encodings ensurepip idlelib idle_test lib2to3 pydoc_data "
-    "site-packages test tests turtledemo".split()
-)
+VALIDATION_BATCHES, VALIDATION_BATCH = 4, 32
+"""How much of the held-out text is used: windows in so many batches of so many."""
+
+SKIPPED = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
 """Folders left out: tests, installed packages, tables, and what distributions may drop."""
 
 
@@ -87,11 +99,12 @@ def training_batch(
     return _windows(corpus.training, (seed << 32) + step, batch, context)
 
 
-def validation_batches(
-    corpus: Corpus, count: int, *, batch: int, context: int
-) -> list[torch.Tensor]:
-    """Return `count` batches from the held-out files, the same for every run."""
-    return [_windows(corpus.validation, index, batch, context) for index in range(count)]
+def validation_batches(corpus: Corpus, context: int) -> list[torch.Tensor]:
+    """Return batches from the held-out files, the same for every run."""
+    return [
+        _windows(corpus.validation, index, VALIDATION_BATCH, context)
+        for index in range(VALIDATION_BATCHES)
+    ]
 
 
 def _windows(text: torch.Tensor, seed: int, batch: int, context: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from types import TracebackType
@@ -33,11 +34,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, step: int, loss: float, validation_loss: float) -> None:
+    def update(self, step: int, loss: str) -> None:
         """Show where the run stands after `step` steps."""
         elapsed = time.perf_counter() - self._start
         rate = self._tokens * (step - self._first) / max(elapsed, 1e-9)
-        text = f"loss {loss:.3f}, validation {validation_loss:.3f}, {_short(rate)} tokens/s"
+        text = f"{loss}, {_short(rate)} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -64,11 +65,11 @@ def _bar(name: str, steps: int, done: int) -> Any | None:
     if not sys.stderr.isatty():
         return None
     try:
-        from tqdm import tqdm
+        tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
         return None
-    bar_format = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
-    return tqdm(desc=name, total=steps, initial=done, bar_format=bar_format, dynamic_ncols=True)
+    layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+    return tqdm(desc=name, total=steps, initial=done, bar_format=layout, dynamic_ncols=True)
 
 
 def _short(number: float) -> str:

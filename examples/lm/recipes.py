@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import shampoo_func as sf
 
-__all__ = ["RECIPES", "Recipe", "build"]
+__all__ = ["RECIPES", "Recipe", "build", "recipe_names"]
 
 WARMUP = 0.1
 """Fraction of the steps that warm the learning rate up."""
@@ -16,7 +17,7 @@ WARMUP = 0.1
 FLOOR = 0.0
 """Fraction of the peak learning rate that the cosine ends at."""
 
-BETAS = {"beta1": 0.9, "beta2": 0.95}
+BETA1, BETA2 = 0.9, 0.95
 WEIGHT_DECAY = 0.1
 
 
@@ -29,17 +30,18 @@ class Recipe:
 
 
 def _adamw(learning_rate: Any) -> sf.Transformation:
-    return sf.adamw(learning_rate, weight_decay=WEIGHT_DECAY, **BETAS)
+    return sf.adamw(learning_rate, beta1=BETA1, beta2=BETA2, weight_decay=WEIGHT_DECAY)
 
 
 def _shampoo(learning_rate: Any) -> sf.Transformation:
     return sf.shampoo(
         learning_rate,
+        beta1=BETA1,
+        beta2=BETA2,
         weight_decay=WEIGHT_DECAY,
         block_size=256,
         refresh_every=10,
         grafting="adam",
-        **BETAS,
     )
 
 
@@ -76,3 +78,14 @@ def build(name: str, learning_rate: Any, steps: int) -> sf.Transformation:
         end_value=FLOOR * learning_rate,
     )
     return sf.chain(sf.clip_by_global_norm(1.0), RECIPES[name].make(schedule))
+
+
+def recipe_names(text: str) -> list[str]:
+    """Parse a comma-separated list of recipes from the command line."""
+    names = text.split(",")
+    for name in names:
+        if name not in RECIPES:
+            raise argparse.ArgumentTypeError(f"unknown {name!r}; known: {', '.join(RECIPES)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError("an optimizer is named twice")
+    return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,6 +93,9 @@ _CLOCKS = {
 }
 
 
+_AXES = {"step": "step", "seconds": "training seconds"}
+
+
 def _loss_rows(results: Sequence[Result]) -> list[list[str]]:
     """Tabulate losses at equal steps, then at equal training time."""
     end = results[0].history[-1]
@@ -149,7 +153,16 @@ def write_json(path: Path, results: Sequence[Result], settings: dict[str, Any]) 
             for result in results
         ],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(_finite(content), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON lacks, by None."""
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_plot(path: Path, results: Sequence[Result]) -> bool:
@@ -164,7 +177,7 @@ def write_plot(path: Path, results: Sequence[Result]) -> bool:
         return False
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, unit, label in zip(axes, ("step", "seconds"), ("step", "training seconds"), strict=True):
+    for axis, (unit, label) in zip(axes, _AXES.items(), strict=True):
         for result in results:
             axis.plot(
                 [getattr(note, unit) for note in result.history[1:]],

@@ -16,7 +16,7 @@ from lm import checkpoint, recipes, training
 from lm.model import initial_params
 from lm.progress import Progress
 from lm.report import Result
-from lm.training import Run, Task
+from lm.training import Run, Step, Task
 
 __all__ = ["Interrupted", "SaveOnInterrupt", "Session"]
 
@@ -97,9 +97,30 @@ class Session:
     def _train(self, tx: sf.Transformation, run: Run, interrupt: SaveOnInterrupt) -> None:
         """Warm up, train, and save at the end whatever the reason for it."""
         step = training.make_step(self.task.model, tx, compiled=self.compiled)
+        finished = self._warm_up(tx, step, run, interrupt) and self._loop(tx, step, run, interrupt)
+        checkpoint.save(self.path, run, self.fingerprint)
+        if not finished:
+            raise Interrupted(f"{self.name} saved after step {run.step} of {self.task.steps}")
+
+    def _warm_up(
+        self, tx: sf.Transformation, step: Step, run: Run, interrupt: SaveOnInterrupt
+    ) -> bool:
+        """Compile before the clock starts; return whether to go on."""
         if self.compiled:
             print(f"{self.name}: compiling ...", file=sys.stderr)
-        training.warm_up(self.task, tx, step, run)
+        try:
+            if not interrupt.requested:
+                training.warm_up(self.task, tx, step, run)
+        except Exception:
+            # Ctrl-C also reaches the C++ compiler, which then fails
+            if not interrupt.requested:
+                raise
+        return not interrupt.requested
+
+    def _loop(
+        self, tx: sf.Transformation, step: Step, run: Run, interrupt: SaveOnInterrupt
+    ) -> bool:
+        """Train with a progress bar and checkpoints; return whether the end was reached."""
         tokens = self.task.batch * self.task.config.context
         with Progress(
             self.name, steps=self.task.steps, done=run.step, tokens_per_step=tokens
@@ -107,14 +128,10 @@ class Session:
 
             def on_step(run: Run, loss: torch.Tensor) -> bool:
                 if run.step % LOSS_EVERY == 0 or run.step == self.task.steps:
-                    progress.update(run.step, float(loss), run.history[-1].validation_loss)
+                    held_out = run.history[-1].validation_loss
+                    progress.update(run.step, f"loss {loss:.3f}, validation {held_out:.3f}")
                 if run.step % self.save_every == 0:
                     checkpoint.save(self.path, run, self.fingerprint)
                 return not interrupt.requested
 
-            finished = not interrupt.requested and training.train(
-                self.task, tx, step, run, on_step=on_step
-            )
-        checkpoint.save(self.path, run, self.fingerprint)
-        if not finished:
-            raise Interrupted(f"{self.name} saved after step {run.step} of {self.task.steps}")
+            return training.train(self.task, tx, step, run, on_step=on_step)

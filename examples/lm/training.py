@@ -16,7 +16,7 @@ import shampoo_func as sf
 from lm.data import Corpus, training_batch
 from lm.model import GPTConfig, loss_of
 
-__all__ = ["Evaluation", "Run", "Task", "evaluate", "make_step", "train", "warm_up"]
+__all__ = ["Evaluation", "Run", "Step", "Task", "evaluate", "make_step", "train", "warm_up"]
 
 Step = Callable[..., tuple[Any, Any, torch.Tensor]]
 
@@ -80,10 +80,8 @@ def make_step(model: nn.Module, tx: sf.Transformation, *, compiled: bool) -> Ste
     def step(
         params: Any, state: Any, windows: torch.Tensor, *, refresh: bool
     ) -> tuple[Any, Any, torch.Tensor]:
-        grads, loss = torch.func.grad_and_value(
-            lambda weights: loss_of(model, weights, windows)
-        )(params)
-        extra = {"refresh": refresh} if tx.refresh_schedules else {}
+        grads, loss = torch.func.grad_and_value(loss_of, argnums=1)(model, params, windows)
+        extra = {"refresh": refresh} if "refresh" in tx.extras else {}
         updates, state = tx.update(grads, state, params, **extra)
         return sf.apply_updates(params, updates), state, loss
 
@@ -92,9 +90,9 @@ def make_step(model: nn.Module, tx: sf.Transformation, *, compiled: bool) -> Ste
 
 
 def warm_up(task: Task, tx: sf.Transformation, step: Step, run: Run) -> None:
-    """Call both variants of the step on copies, and note how long that took."""
+    """Call every variant of the step that will occur on copies, and note how long that took."""
     start = time.perf_counter()
-    for refresh in (False, True) if tx.refresh_schedules else (False,):
+    for refresh in sorted({sf.refresh_due(tx, number) for number in range(1, task.steps + 1)}):
         params, state = copy.deepcopy((run.params, run.state))
         step(params, state, task.windows(1), refresh=refresh)
     task.synchronize()

@@ -63,6 +63,11 @@ class SecondMoment(Preconditioner):
         deviation = moment.clamp(min=torch.finfo(moment.dtype).tiny).sqrt()
         return (updates / (deviation + linalg.align(self.epsilon, deviation))).to(updates.dtype)
 
+    @property
+    def refreshes(self) -> bool:
+        """Nothing is ever recomputed."""
+        return False
+
     def block_shape(self, state: SecondMomentState) -> tuple[int, ...]:
         """Return the shape of the moment."""
         return tuple(state.second_moment.shape)
@@ -75,6 +80,11 @@ class SecondMoment(Preconditioner):
 @dataclass(frozen=True, slots=True)
 class IdentityPreconditioner(Preconditioner):
     """See `identity_preconditioner`."""
+
+    @property
+    def refreshes(self) -> bool:
+        """Nothing is ever recomputed."""
+        return False
 
     def init(self, block: Tensor) -> EmptyState:
         """Return the empty state."""

@@ -55,8 +55,8 @@ class Precondition(Transformation):
 
     @property
     def refresh_schedules(self) -> frozenset[RefreshSchedule]:
-        """The one schedule of this stage."""
-        return frozenset({self.schedule})
+        """The schedule of this stage, if its preconditioner has anything to refresh."""
+        return frozenset({self.schedule} if self.preconditioner.refreshes else ())
 
     def init(self, params: Tree) -> PreconditionState:
         """Return the state of filter and preconditioner; every parameter is one block."""
@@ -86,6 +86,8 @@ class Precondition(Transformation):
         filtered, filter_state = self.filter.update(updates, state.filter, params, **extra)
         step = tree.advance_counters(state.step, updates)
         inner = tree.advance(self.preconditioner.accumulate, state.preconditioner, updates)
+        if not self.preconditioner.refreshes:
+            refresh = False
         if refresh is None and not math.isinf(self.start):
             inner = tree.advance(self._refresh_if_due, inner, updates, step)
         elif refresh:

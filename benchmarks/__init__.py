@@ -1,0 +1,1 @@
+"""Step times against torch.optim and the matmul floor: `python -m benchmarks --help`."""
