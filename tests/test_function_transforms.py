@@ -167,7 +167,8 @@ def test_compiled_transforms(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     for program, arguments in programs:
         expected = program(*arguments)
         with fresh_compiler("aot_eager") as counter:
-            found = whole_graph(program, counter)(*arguments)
-            assert graph_count(counter) == 1
+            compiled = whole_graph(program, counter)
+            found = compiled(*arguments)
+            assert graph_count(compiled) == 1
         for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)

@@ -124,7 +124,8 @@ class Kronecker(Preconditioner):
             # a block that has seen no gradient would divide 0 by 0
             factor = factor / linalg.bias_correction(self.beta2, step.clamp(min=1), factor)
         if self.trace_scaling is not None:
-            trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=self.root.epsilon)
+            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+            trace = (factor * eye).sum((-2, -1)).clamp(min=self.root.epsilon)
             factor = factor * trace.pow(-self.trace_scaling)[..., None, None]
         return factor
 
