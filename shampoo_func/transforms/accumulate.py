@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_func import linalg, tree
 from shampoo_func.errors import HyperparameterError, check_count
+from shampoo_func.transforms.base import Wrapper
 from shampoo_func.transforms.control import when
 from shampoo_func.transforms.scaling import first_step
 from shampoo_func.types import RefreshSchedule, Transformation, Tree
@@ -26,21 +27,11 @@ class AccumulateState(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Accumulate(Transformation):
+class Accumulate(Wrapper):
     """See `accumulate`."""
 
     inner: Transformation
     every: int
-
-    @property
-    def name(self) -> str:
-        """The name of the stage inside."""
-        return self.inner.name
-
-    @property
-    def children(self) -> tuple[Transformation, ...]:
-        """The stage inside."""
-        return (self.inner,)
 
     @property
     def refresh_schedules(self) -> frozenset[RefreshSchedule]:

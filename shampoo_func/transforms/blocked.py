@@ -16,28 +16,19 @@ from shampoo_func.errors import (
     TreeMismatchError,
     check_count,
 )
+from shampoo_func.transforms.base import Wrapper
 from shampoo_func.types import Transformation, Tree
 
 __all__ = ["Blocked", "blocked"]
 
 
 @dataclass(frozen=True, slots=True)
-class Blocked(Transformation):
+class Blocked(Wrapper):
     """See `blocked`."""
 
     inner: Transformation
     block_size: int | None = 1024
     merge_dims: bool = True
-
-    @property
-    def name(self) -> str:
-        """The name of the stage inside."""
-        return self.inner.name
-
-    @property
-    def children(self) -> tuple[Transformation, ...]:
-        """The stage inside."""
-        return (self.inner,)
 
     def plan(self, params: Tree) -> BlockPlan:
         """Return how the parameters are cut into blocks; only their shapes are looked at."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shampoo_func import linalg, tree
 from shampoo_func.errors import check_number
-from shampoo_func.types import EmptyState, Scalar, Transformation, Tree
+from shampoo_func.transforms.base import Stateless
+from shampoo_func.types import Scalar, Tree
 
 __all__ = ["Clip", "ClipByGlobalNorm", "clip", "clip_by_global_norm", "global_norm"]
 
@@ -41,51 +42,33 @@ def global_norm(updates: Tree) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip(Transformation):
+class Clip(Stateless):
     """See `clip`."""
 
     max_value: Scalar
 
-    def init(self, params: Tree) -> EmptyState:
-        """Return the empty state."""
-        tree.check_params(params)
-        return EmptyState()
-
-    def update(
-        self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, EmptyState]:
+    def transform(self, updates: Tree) -> Tree:
         """Clamp every element."""
-        self.check_call(params, extra)
-        tree.check_updates(updates, params, what="the parameter")
 
         def clamp(update: Tensor) -> Tensor:
             bound: Any = linalg.align(self.max_value, update)
             return update.clamp(-bound, bound).to(update.dtype)
 
-        return tree.map(clamp, updates), state
+        return tree.map(clamp, updates)
 
 
 @dataclass(frozen=True, slots=True)
-class ClipByGlobalNorm(Transformation):
+class ClipByGlobalNorm(Stateless):
     """See `clip_by_global_norm`."""
 
     max_norm: Scalar
 
-    def init(self, params: Tree) -> EmptyState:
-        """Return the empty state."""
-        tree.check_params(params)
-        return EmptyState()
-
-    def update(
-        self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, EmptyState]:
+    def transform(self, updates: Tree) -> Tree:
         """Scale all updates by one factor of at most 1."""
-        self.check_call(params, extra)
-        tree.check_updates(updates, params, what="the parameter")
         norm = global_norm(updates)
         # the derivative of max_norm / norm at 0 is infinite, so 0 must not reach the quotient
         factor = (self.max_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
-        return tree.map(lambda u: linalg.scaled(u, factor.to(u.device)), updates), state
+        return tree.map(lambda u: linalg.scaled(u, factor.to(u.device)), updates)
 
 
 def clip(max_value: Scalar) -> Clip:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_func import tree
 from shampoo_func.errors import HyperparameterError
+from shampoo_func.transforms.base import Wrapper
 from shampoo_func.transforms.scaling import first_step
 from shampoo_func.types import Transformation, Tree
 
@@ -34,20 +35,10 @@ def all_finite(updates: Tree) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ApplyIfFinite(Transformation):
+class ApplyIfFinite(Wrapper):
     """See `apply_if_finite`."""
 
     inner: Transformation
-
-    @property
-    def name(self) -> str:
-        """The name of the stage inside."""
-        return self.inner.name
-
-    @property
-    def children(self) -> tuple[Transformation, ...]:
-        """The stage inside."""
-        return (self.inner,)
 
     def init(self, params: Tree) -> ApplyIfFiniteState:
         """Return zero counts and the inner state."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shampoo_func import tree
 from shampoo_func.errors import MissingParamsError, PartitionError
+from shampoo_func.transforms.base import Wrapper
 from shampoo_func.transforms.scaling import Identity
 from shampoo_func.types import Transformation, Tree
 
@@ -143,22 +144,12 @@ def partition(
 
 
 @dataclass(frozen=True, slots=True)
-class Masked(Transformation):
+class Masked(Wrapper):
     """See `masked`."""
 
     inner: Transformation
     where: Callable[[str, Tensor], bool] | None = None
     mask: Tree | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the stage inside."""
-        return self.inner.name
-
-    @property
-    def children(self) -> tuple[Transformation, ...]:
-        """The stage inside."""
-        return (self.inner,)
 
     def init(self, params: Tree) -> Any:
         """Return the inner state for the chosen parameters."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shampoo_func import linalg, tree
 from shampoo_func.errors import HyperparameterError, check_number
-from shampoo_func.types import EmptyState, Scalar, Schedule, Transformation, Tree
+from shampoo_func.transforms.base import Stateless
+from shampoo_func.types import Scalar, Schedule, Transformation, Tree
 
 __all__ = [
     "Identity",
@@ -39,41 +40,23 @@ def first_step(params: Tree) -> ScheduleState:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity(Transformation):
+class Identity(Stateless):
     """See `identity`."""
 
-    def init(self, params: Tree) -> EmptyState:
-        """Return the empty state."""
-        tree.check_params(params)
-        return EmptyState()
-
-    def update(
-        self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, EmptyState]:
+    def transform(self, updates: Tree) -> Tree:
         """Return the updates unchanged."""
-        self.check_call(params, extra)
-        tree.check_updates(updates, params, what="the parameter")
-        return updates, state
+        return updates
 
 
 @dataclass(frozen=True, slots=True)
-class Scale(Transformation):
+class Scale(Stateless):
     """See `scale`."""
 
     factor: Scalar
 
-    def init(self, params: Tree) -> EmptyState:
-        """Return the empty state."""
-        tree.check_params(params)
-        return EmptyState()
-
-    def update(
-        self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, EmptyState]:
+    def transform(self, updates: Tree) -> Tree:
         """Multiply every update by the factor."""
-        self.check_call(params, extra)
-        tree.check_updates(updates, params, what="the parameter")
-        return tree.map(lambda u: linalg.scaled(u, self.factor), updates), state
+        return tree.map(lambda u: linalg.scaled(u, self.factor), updates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +83,14 @@ class ScaleBySchedule(Transformation):
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleByLearningRate(Transformation):
+class ScaleByLearningRate(Stateless):
     """See `scale_by_learning_rate`."""
 
     learning_rate: Scalar
 
-    def init(self, params: Tree) -> EmptyState:
-        """Return the empty state."""
-        tree.check_params(params)
-        return EmptyState()
-
-    def update(
-        self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
-    ) -> tuple[Tree, EmptyState]:
+    def transform(self, updates: Tree) -> Tree:
         """Multiply every update by minus the learning rate."""
-        self.check_call(params, extra)
-        tree.check_updates(updates, params, what="the parameter")
-        return tree.map(lambda u: linalg.scaled(u, -self.learning_rate), updates), state
+        return tree.map(lambda u: linalg.scaled(u, -self.learning_rate), updates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +109,8 @@ def identity() -> Identity:
     """Return updates unchanged.
 
     Example:
-        >>> identity().update({"w": torch.ones(2)}, EmptyState())[0]["w"]
+        >>> tx = identity()
+        >>> tx.update({"w": torch.ones(2)}, tx.init({"w": torch.ones(2)}))[0]["w"]
         tensor([1., 1.])
     """
     return Identity()
