@@ -24,7 +24,7 @@ from lm.recipes import RECIPES, build, recipe_names
 
 import shampoo_func as sf
 
-FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 """The rates of a sweep, as multiples of the default rate in `RECIPES`."""
 
 

@@ -54,8 +54,8 @@ def _rmsprop(learning_rate: Any) -> sf.Transformation:
 
 
 RECIPES = {
-    "adamw": Recipe(_adamw, 3e-3),
-    "shampoo": Recipe(_shampoo, 6e-3),
+    "adamw": Recipe(_adamw, 6e-3),
+    "shampoo": Recipe(_shampoo, 1.2e-2),
     "sgd": Recipe(_sgd, 3e-1),
     "rmsprop": Recipe(_rmsprop, 1e-3),
 }
