@@ -177,6 +177,23 @@ def _live_storages() -> set[int]:
     return found
 
 
+def test_donated_graph_serves_other_tensors() -> None:
+    """A donated step that was compiled on copies does not compile again for the originals."""
+    tx, params = sf.adamw(0.1), {"w": torch.randn(4, 3)}
+    state, grads = tx.init(params), random_tree(1, params)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return sf.apply_updates(params, updates), state
+
+    with fresh_compiler("aot_eager") as counter:
+        compiled = whole_graph(sf.donate(step), counter)
+        for _ in range(3):
+            compiled(*copy.deepcopy((params, state)), grads)
+        compiled(params, state, grads)
+        assert graph_count(compiled) == 1
+
+
 def test_compiled_training_equals_eager() -> None:
     """In float64 the compiled two-graph loop and the one-graph loop equal the eager one."""
     problem = Problem()

@@ -34,7 +34,8 @@ def donate(step: Callable[..., tuple[Any, ...]], donated: int = 2) -> Callable[.
     Raises:
         HyperparameterError: If `donated` is no positive int.
         DonationError: (when called) if a result does not fit its input, or two leaves share
-            memory, so that writing one would spoil another.
+            memory, so that writing one would spoil another. Shared memory is found in eager
+            calls only: try a new step once without `torch.compile`.
 
     Example:
         >>> def step(params, grads):
@@ -70,7 +71,10 @@ def _overwrite(old: tuple[Tree, ...], new: tuple[Tree, ...]) -> None:
             f"the results have another structure than the donated arguments: {error}"
         ) from error
     _check_fit(old, targets, sources)
-    _check_aliases(old, targets, sources)
+    if not torch.compiler.is_compiling():
+        # addresses are unknown while tracing, and a guard on identity would tie the graph to
+        # these very tensors
+        _check_aliases(old, targets, sources)
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             if target is not source:
@@ -128,8 +132,6 @@ def _check_aliases(old: Tree, targets: list[Tensor], sources: list[Tensor]) -> N
 
 def _memory(tensor: Tensor) -> Any:
     """Return what two tensors that share memory have in common."""
-    if torch.compiler.is_compiling():
-        return id(tensor)  # addresses are unknown while tracing
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
