@@ -6,7 +6,7 @@ treats None as a leaf and, unless it says otherwise, passes it through.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optree
@@ -22,10 +22,12 @@ __all__ = [
     "check_params",
     "check_updates",
     "counters",
+    "filled",
     "flatten",
     "leaves",
     "map",
     "map_params",
+    "materialized",
     "paths",
     "select",
     "unflatten",
@@ -124,6 +126,17 @@ def map_params(function: Callable[[torch.Tensor], Any], params: Tree) -> Tree:
     """Apply `function` to every parameter, after checking them all."""
     check_params(params)
     return map(function, params)
+
+
+def materialized(state: Tree) -> Tree:
+    """Give every leaf memory of its own: what `vmap` returns may be expanded, with stride 0."""
+    return map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), state)
+
+
+def filled(present: list[bool], values: Iterable[Any]) -> list[Any]:
+    """Return the values in the places that are present, and None in the others."""
+    given = iter(values)
+    return [next(given) if here else None for here in present]
 
 
 def zeros_like(params: Tree) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import re
@@ -40,9 +41,9 @@ def executed() -> Any:
         # Jupyter's own packages warn about their paths, their event loops and each other
         for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
             warnings.filterwarnings("ignore", category=category)
-        nbclient = pytest.importorskip("nbclient")
-        nbformat = pytest.importorskip("nbformat")
-        pytest.importorskip("ipykernel")
+        nbclient = importlib.import_module("nbclient")
+        nbformat = importlib.import_module("nbformat")
+        importlib.import_module("ipykernel")
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         notebook.cells.append(nbformat.v4.new_code_cell(CHECK))
         end = time.monotonic() + SECONDS

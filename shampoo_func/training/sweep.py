@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shampoo_func import tree
 from shampoo_func.errors import HyperparameterError, TreeMismatchError, check_count
-from shampoo_func.types import RefreshSchedule, Transformation, Tree
+from shampoo_func.types import Transformation, Tree
 
 __all__ = ["Sweep", "stack_copies", "sweep"]
 
@@ -26,22 +26,12 @@ class Sweep(Transformation):
     @property
     def name(self) -> str:
         """The name of the transformation inside."""
-        return self._member([value[0] for _, value in self.values]).name
+        return self.children[0].name
 
     @property
-    def extras(self) -> frozenset[str]:
-        """The extra arguments of the transformation inside."""
-        return self._member([value[0] for _, value in self.values]).extras
-
-    @property
-    def needs_params(self) -> bool:
-        """Whether the transformation inside needs the parameters."""
-        return self._member([value[0] for _, value in self.values]).needs_params
-
-    @property
-    def refresh_schedules(self) -> frozenset[RefreshSchedule]:
-        """The schedules of the transformation inside."""
-        return self._member([value[0] for _, value in self.values]).refresh_schedules
+    def children(self) -> tuple[Transformation, ...]:
+        """The transformation inside, with the first values."""
+        return (self._member([value[0] for _, value in self.values]),)
 
     def _member(self, values: list[Tensor]) -> Transformation:
         names = [name for name, _ in self.values]
@@ -68,7 +58,7 @@ class Sweep(Transformation):
             return self._member(list(values)).init(tree.unflatten(structure, leaves))
 
         state = torch.func.vmap(init)(flat, *(value for _, value in self.values))
-        return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), state)
+        return tree.materialized(state)
 
     def update(
         self, updates: Tree, state: Any, params: Tree | None = None, **extra: Any
@@ -78,30 +68,27 @@ class Sweep(Transformation):
         tree.check_updates(updates, params, what="the parameter")
         self._check_stacked(updates)
         flat, structure = tree.flatten(updates)
-        given = [index for index, leaf in enumerate(flat) if leaf is not None]
+        present = [leaf is not None for leaf in flat]
         param_leaves, param_structure = tree.flatten(() if params is None else params)
 
         def update(
             own: list[Tensor], state: Any, own_params: list[Tensor], *values: Tensor
         ) -> tuple[list[Tensor], Any]:
-            filled: list[Any] = [None] * len(flat)
-            for index, leaf in zip(given, own, strict=True):
-                filled[index] = leaf
             whole = None if params is None else tree.unflatten(param_structure, own_params)
             out, after = self._member(list(values)).update(
-                tree.unflatten(structure, filled), state, whole, **extra
+                tree.unflatten(structure, tree.filled(present, own)), state, whole, **extra
             )
-            leaves = tree.leaves(out)
-            return [leaves[index] for index in given], after
+            return _present(tree.leaves(out)), after
 
-        present = [flat[index] for index in given]
         out, after = torch.func.vmap(update)(
-            present, state, param_leaves, *(value for _, value in self.values)
+            _present(flat), state, param_leaves, *(value for _, value in self.values)
         )
-        full: list[Any] = [None] * len(flat)
-        for index, leaf in zip(given, out, strict=True):
-            full[index] = leaf
-        return tree.unflatten(structure, full), after
+        return tree.unflatten(structure, tree.filled(present, out)), after
+
+
+def _present(leaves: list[Any]) -> list[Tensor]:
+    """Return the leaves that are there."""
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def sweep(factory: Callable[..., Transformation], **values: Tensor) -> Sweep:

@@ -44,7 +44,7 @@ class Blocked(Wrapper):
     def _init_stack(self, stack: Tensor) -> Any:
         # one block's state, n times: counters too become one per block
         state = torch.func.vmap(self.inner.init)(stack)
-        return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), state)
+        return tree.materialized(state)
 
     def update(
         self, updates: Tree, state: dict[str, Any], params: Tree | None = None, **extra: Any

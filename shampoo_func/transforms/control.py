@@ -31,21 +31,16 @@ def when(predicate: torch.Tensor, function: Callable[[Any], Any], operand: Tree)
     if not torch.compiler.is_compiling():
         return function(operand) if bool(predicate) else operand
     flat, structure = tree.flatten(operand)
-    given = [index for index, leaf in enumerate(flat) if leaf is not None]
-
-    def fill(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
-        full: list[Any] = [None] * len(flat)
-        for index, tensor in zip(given, tensors, strict=True):
-            full[index] = tensor
-        return full
+    present = [leaf is not None for leaf in flat]
 
     def taken(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # torch.cond forbids outputs that alias inputs
-        out = tree.leaves(function(tree.unflatten(structure, fill(tensors))))
-        return tuple(out[index].clone() for index in given)
+        out = tree.leaves(function(tree.unflatten(structure, tree.filled(present, tensors))))
+        return tuple(leaf.clone() for leaf in out if leaf is not None)
 
     def kept(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.clone() for tensor in tensors)
 
-    chosen = torch.cond(predicate, taken, kept, tuple(flat[index] for index in given))
-    return tree.unflatten(structure, fill(chosen))
+    given = tuple(leaf for leaf in flat if leaf is not None)
+    chosen = torch.cond(predicate, taken, kept, given)
+    return tree.unflatten(structure, tree.filled(present, chosen))
