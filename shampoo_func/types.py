@@ -20,6 +20,7 @@ __all__ = [
     "Schedule",
     "Transformation",
     "Tree",
+    "named_roles",
 ]
 
 Tree = Any
@@ -153,6 +154,9 @@ class Preconditioner(ABC):
     leading batch dimensions, `[n, d1, ..., dk]`; every leaf of the state then has the same
     leading dimensions.
 
+    A preconditioner that keeps statistics in a basis that `refresh` changes has a fifth,
+    `correct`, which takes in the raw gradient after the refresh.
+
     Example:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True, slots=True)
@@ -188,6 +192,10 @@ class Preconditioner(ABC):
     def refresh(self, state: Any) -> Any:
         """Recompute what is derived from the statistics: dear, every few steps."""
 
+    def correct(self, state: Any, grads: torch.Tensor) -> Any:
+        """Take a raw gradient into what is kept in the refreshed basis: every step."""
+        return state
+
     @abstractmethod
     def apply(self, state: Any, updates: torch.Tensor) -> torch.Tensor:
         """Precondition the (filtered) gradient: every step."""
@@ -200,3 +208,40 @@ class Preconditioner(ABC):
     def block_shape(self, state: Any) -> tuple[int | None, ...] | None:
         """Return the shape of the gradients that a state is for; None where any would do."""
         return None
+
+    def roles(self, state: Any) -> Any:
+        """Return the state's tree with a role in the place of every leaf.
+
+        Roles say what a leaf is, for codecs and reports: "factor", "root" (both symmetric),
+        "basis" (eigenvectors), "eigenvalues", "second_moment", "momentum", or "other".
+        """
+        return named_roles(state, {})
+
+    def with_tolerance(self, tolerance: float) -> Preconditioner | None:
+        """Return one that recomputes only bases that are off by more, or None if it has none.
+
+        A basis Q of a factor A is off by |B - diag B| / |B|, B = Q^T A Q.
+        """
+        return None
+
+
+def named_roles(state: Any, roles: dict[str, str]) -> Any:
+    """Return a NamedTuple state with, for every leaf, the role of its field ("other" if none)."""
+
+    def fill(node: Any, role: str) -> Any:
+        if isinstance(node, torch.Tensor):
+            return role
+        if hasattr(node, "_fields"):
+            return type(node)(*(fill(child, role) for child in node))
+        if isinstance(node, tuple):
+            return tuple(fill(child, role) for child in node)
+        return {key: fill(child, role) for key, child in node.items()}
+
+    if not hasattr(state, "_fields"):
+        return fill(state, "other")
+    return type(state)(
+        *(
+            fill(child, roles.get(field, "other"))
+            for field, child in zip(state._fields, state, strict=True)
+        )
+    )

@@ -2,7 +2,7 @@
 
 from shampoo_func.linalg.layout import with_layout_of
 from shampoo_func.linalg.modes import gram, multiply
-from shampoo_func.linalg.roots import EighRoot, PseudoInverse, Root, eigh_root
+from shampoo_func.linalg.roots import EighRoot, PseudoInverse, eigh_root
 from shampoo_func.linalg.scaling import (
     align,
     bias_correction,
@@ -11,17 +11,22 @@ from shampoo_func.linalg.scaling import (
     scalar_dtype,
     scaled,
 )
+from shampoo_func.linalg.solver import Guarded, Root, RootSolver, all_finite, guarded
 
 __all__ = [
     "EighRoot",
+    "Guarded",
     "PseudoInverse",
     "Root",
+    "RootSolver",
     "align",
+    "all_finite",
     "bias_correction",
     "compute_dtype",
     "eigh_root",
     "ema",
     "gram",
+    "guarded",
     "multiply",
     "scalar_dtype",
     "scaled",

@@ -1,30 +1,20 @@
-"""Inverse roots of symmetric positive semi-definite matrices, batched."""
+"""Inverse roots by eigendecomposition, batched."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from shampoo_func.errors import HyperparameterError, check_choice, check_dtype, check_number
-from shampoo_func.linalg._shapes import Bool, Float
+from shampoo_func.linalg._shapes import Float
+from shampoo_func.linalg.solver import Root, RootSolver, all_finite
 from shampoo_func.types import Scalar
 
-__all__ = ["EighRoot", "PseudoInverse", "Root", "eigh_root"]
-
-
-class Root(NamedTuple):
-    """An inverse root and whether it can be used.
-
-    value: `[*batch, n, n]`, symmetric. ok: `[*batch]`, False where a matrix or its root is not
-    finite; `value` must then not be used.
-    """
-
-    value: Tensor
-    ok: Tensor
+__all__ = ["EighRoot", "PseudoInverse", "eigh_root"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +54,7 @@ class PseudoInverse:
 
 
 @dataclass(frozen=True, slots=True)
-class EighRoot:
+class EighRoot(RootSolver):
     """See `eigh_root`."""
 
     epsilon: Scalar = 1e-12
@@ -75,13 +65,14 @@ class EighRoot:
 
     def __call__(self, matrix: Float[Tensor, "*batch n n"], exponent: float) -> Root:
         """Return `matrix ** -exponent`, `[*batch, n, n]`, and its ok flags, `[*batch]`."""
-        finite = _all_finite(matrix)
+        finite = all_finite(matrix)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         # LAPACK raises on a non-finite matrix; the identity stands in, and ok says so.
         safe = torch.where(finite[..., None, None], matrix, eye)
         safe = self._damped(safe.to(self.compute_dtype or matrix.dtype))
         value = _spectral_root(self, safe, exponent).to(matrix.dtype)
-        return Root(value, finite & _all_finite(value))
+        residual = value.new_zeros(value.shape[:-2])
+        return Root(value, residual, finite & all_finite(value))
 
     def _damped(self, matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """Add what is added before the decomposition."""
@@ -173,10 +164,6 @@ def eigh_root(
         )
     check_dtype("compute_dtype", compute_dtype)
     return EighRoot(epsilon, relative_epsilon, perturb, pseudo_inverse, compute_dtype)
-
-
-def _all_finite(matrix: Float[Tensor, "*batch n n"]) -> Bool[Tensor, "*batch"]:
-    return torch.isfinite(matrix).all(-1).all(-1)
 
 
 def _spectral_root(

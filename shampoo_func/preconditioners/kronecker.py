@@ -81,10 +81,9 @@ class Kronecker(Preconditioner):
         for dim in self._preconditioned(state):
             factor = self._corrected(state.factors[dim], state.step)
             size = factor.shape[-1]
-            root, ok = self.root(factor, self._exponent(order, dim, size))
-            kept = torch.where(ok[..., None, None], root.to(roots[dim].dtype), roots[dim])
-            roots[dim] = kept
-            failed = failed | ~ok
+            root = self.root(factor, self._exponent(order, dim, size), roots[dim])
+            roots[dim] = root.value
+            failed = failed | ~root.ok
         return state._replace(roots=tuple(roots), failures=state.failures + failed)
 
     def apply(self, state: KroneckerState, updates: Tensor) -> Tensor:
