@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shampoo_func as sf
-from shampoo_func.errors import HyperparameterError, MissingParamsError
+from shampoo_func.errors import HyperparameterError, MissingParamsError, TreeMismatchError
 
 Tensor = torch.Tensor
 Array = npt.NDArray[np.float64]
@@ -417,3 +417,12 @@ def test_params_are_needed(stage: sf.Transformation) -> None:
     params = torch.ones(2)
     with pytest.raises(MissingParamsError, match=stage.name):
         stage.update(params, stage.init(params))
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_state_of_other_parameters(stage: sf.Transformation) -> None:
+    """A state that was made for another shape is refused, also where it would broadcast."""
+    state = stage.init({"w": torch.ones(1, 3)})
+    params = {"w": torch.ones(2, 3)}
+    with pytest.raises(TreeMismatchError, match="'w'"):
+        stage.update(params, state, params)

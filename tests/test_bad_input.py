@@ -126,6 +126,7 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "precondition identity": lambda: sf.precondition(sf.identity_preconditioner()),
     "precondition kronecker": lambda: sf.precondition(sf.kronecker()),
     "precondition second moment": lambda: sf.precondition(sf.second_moment()),
+    "primal_averaging": lambda: sf.primal_averaging(half, weight_decay=half),
     "rmsprop": lambda: sf.rmsprop(0.1),
     "scale": lambda: sf.scale(2.0),
     "scale_by_adam": sf.scale_by_adam,
@@ -135,6 +136,7 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "scale_by_rss": sf.scale_by_rss,
     "scale_by_schedule": lambda: sf.scale_by_schedule(half),
     "scale_by_shampoo": lambda: sf.scale_by_shampoo(block_size=2, refresh_every=1),
+    "schedule_free": lambda: sf.schedule_free(0.1, weight_decay=0.1),
     "sgd": lambda: sf.sgd(0.1, momentum=0.9),
     "shampoo": lambda: sf.shampoo(0.1, weight_decay=0.1, momentum=0.9, block_size=2),
     "shampoo plain": lambda: sf.shampoo(
@@ -142,6 +144,8 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     ),
     "sweep": lambda: sf.sweep(sf.trace, decay=torch.tensor([0.5, 0.9])),
     "trace": lambda: sf.trace(0.9),
+    "weight_ema": lambda: sf.weight_ema(0.9),
+    "weight_lawa": lambda: sf.weight_lawa(2),
     "with_hyperparams": lambda: sf.with_hyperparams(sf.trace, decay=0.9),
 }
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
