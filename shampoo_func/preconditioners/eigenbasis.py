@@ -33,6 +33,7 @@ from shampoo_func.preconditioners.rotation import (
     rotated,
     rotated_back,
     scaled_along,
+    transposed,
     where_started,
 )
 from shampoo_func.types import Preconditioner, Scalar, named_roles
@@ -106,7 +107,8 @@ class InEigenbasis(Preconditioner):
         order = len(state.factors)
 
         def whiten(blocks: Tensor, dim: int) -> Tensor:
-            turned = linalg.multiply(blocks, state.bases[dim].mT.to(blocks.dtype), dim, order)
+            basis = transposed(state.bases[dim]).to(blocks.dtype)
+            turned = linalg.multiply(blocks, basis, dim, order)
             exponent = 0.5 if self.kl == "paper" else 1 / (2 * order)
             powers = self.basis.powers(state.eigenvalues[dim], exponent)
             return scaled_along(turned, powers, dim, order)

@@ -26,6 +26,7 @@ from shampoo_func.preconditioners.rotation import (
     rotated,
     rotated_back,
     scaled_along,
+    transposed,
 )
 from shampoo_func.types import Preconditioner, Scalar, named_roles
 
@@ -88,7 +89,8 @@ class Eigendecomposed(Preconditioner):
             if self.eigenvalues == "refresh":
                 return linalg.multiply(blocks, state.roots[dim].to(blocks.dtype), dim, order)
             # a Gram matrix does not change when another dimension is rotated, so none is undone
-            turned = linalg.multiply(blocks, state.bases[dim].mT.to(blocks.dtype), dim, order)
+            basis = transposed(state.bases[dim]).to(blocks.dtype)
+            turned = linalg.multiply(blocks, basis, dim, order)
             return scaled_along(turned, self._powers(state, dim), dim, order)
 
         factors = self.factors.accumulate(state.factors, grads, whiten if self.kl else None)
