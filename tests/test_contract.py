@@ -73,7 +73,7 @@ def test_catalogue_is_complete() -> None:
         "apply_updates", "donate", "refresh_due", "parameter_state", "stack_copies", "sweep",
         "global_norm", "eigh_root", "graft", "identity_preconditioner", "kronecker",
         "second_moment", "eigendecomposed", "in_eigenbasis", "eigh_basis", "qr_basis", "guarded",
-        "every", "adaptive", "probabilistic", "staggered",
+        "every", "adaptive", "probabilistic", "staggered", "check_failures",
     }  # fmt: skip
     public = {
         name

@@ -11,6 +11,7 @@ from shampoo_func.transforms.clipping import (
     global_norm,
 )
 from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
+from shampoo_func.transforms.failures import check_failures
 from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
 from shampoo_func.transforms.hyperparams import (
     WithHyperparams,
@@ -90,6 +91,7 @@ __all__ = [
     "apply_if_finite",
     "blocked",
     "chain",
+    "check_failures",
     "clip",
     "clip_by_global_norm",
     "constant_schedule",
