@@ -213,7 +213,7 @@ def in_eigenbasis(
     sides: Sides = "all",
     max_dim: int | None = None,
     bias_correction: bool = True,
-    weighted: bool = True,
+    drop_weighting: bool = False,
     factor_dtype: torch.dtype | None = None,
     basis_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
@@ -247,7 +247,7 @@ def in_eigenbasis(
         sides: Which dimensions are rotated, see `kronecker`.
         max_dim: Dimensions larger than this are not rotated.
         bias_correction: Whether F / (1 - beta2^t) is decomposed (it matters for damping only).
-        weighted: See `kronecker`.
+        drop_weighting: See `kronecker`.
         factor_dtype: dtype of the factors.
         basis_dtype: dtype of the bases and the rotations; as the factors if not given.
         product_dtype: dtype of the products of gradients.
@@ -284,7 +284,7 @@ def in_eigenbasis(
         max_dim=max_dim,
         trace_scaling=None,
         normalize=kl == "paper",
-        weighted=weighted,
+        drop_weighting=drop_weighting,
         dtype=factor_dtype,
         product_dtype=product_dtype,
     )

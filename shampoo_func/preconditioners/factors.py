@@ -47,7 +47,7 @@ class Factors:
     max_dim: int | None = None
     trace_scaling: float | None = None
     normalize: bool = False
-    weighted: bool = True
+    drop_weighting: bool = False
     dtype: torch.dtype | None = None
     product_dtype: torch.dtype | None = None
 
@@ -111,7 +111,7 @@ class Factors:
     def _added(self, factor: Tensor, new: Tensor) -> Tensor:
         if self._sums:
             return (factor + new).to(factor.dtype)
-        if not self.weighted:
+        if self.drop_weighting:
             return (linalg.scaled(factor, self.beta2) + new).to(factor.dtype)
         return linalg.ema(factor, new, self.beta2)
 
@@ -125,7 +125,7 @@ class Factors:
     @property
     def averages(self) -> bool:
         """Whether factors are moving averages, not sums."""
-        return self.weighted and not self._sums
+        return not self.drop_weighting and not self._sums
 
     @property
     def _sums(self) -> bool:
@@ -156,7 +156,7 @@ def factors_of(
     max_dim: int | None,
     trace_scaling: float | None,
     normalize: bool,
-    weighted: bool,
+    drop_weighting: bool,
     dtype: torch.dtype | None,
     product_dtype: torch.dtype | None,
 ) -> Factors:
@@ -187,7 +187,7 @@ def factors_of(
         max_dim,
         trace_scaling,
         normalize,
-        weighted,
+        drop_weighting,
         dtype,
         product_dtype,
     )
