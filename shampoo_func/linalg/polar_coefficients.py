@@ -126,7 +126,9 @@ POLAR_SETS: dict[str, PolarSet] = {
 # Below this ratio of the smallest to the largest singular value a stage is fitted as if it were
 # this, so that the values in between are not driven to where rounding could lose them.
 _CUSHION = 0.02407327424182761
-_CONVERGED = 1 - 5e-6
+# On a shorter interval the exchange is ill-conditioned, and the Taylor polynomial of the sign
+# function is within 1e-10 of 1 as well.
+_CONVERGED = 1 - 5e-4
 
 
 def singular_values_after(stages: Sequence[Triple], values: Sequence[float]) -> list[float]:
@@ -186,7 +188,6 @@ def polar_express_coefficients(iterations: int = 8, *, lower: float = 1e-3) -> C
     low, high, stages = lower, 1.0, []
     for _ in range(iterations):
         if low >= _CONVERGED * high:
-            # so near to 1 that the Taylor polynomial of the sign function is as good
             stages.append((1.875, -1.25, 0.375))
             continue
         a, b, c = _nearest_to_one(max(low, _CUSHION * high), high)

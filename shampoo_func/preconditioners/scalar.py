@@ -42,7 +42,7 @@ class ScalarSecondMoment(Preconditioner):
         moment = state.second_moment
         if grads.numel() == 0:
             return state._replace(step=state.step + 1)
-        squares = grads.to(moment.dtype).square().flatten(start_dim=state.step.ndim)
+        squares = grads.to(moment.dtype).square().reshape(*moment.shape, -1)
         new = squares.mean(-1) if self.reduce == "mean" else squares.sum(-1)
         moment = moment + new if self._sums else linalg.ema(moment, new, self.beta2)
         return ScalarSecondMomentState(state.step + 1, moment)
