@@ -125,6 +125,23 @@ def test_muon_sends_the_rest_to_adamw() -> None:
     assert set(default["muon"]["precondition"]) == {"4x3", "6x3"}
 
 
+def test_muon_sweeps_over_tensors() -> None:
+    """Learning rate, momentum and decay may be tensors: a vmap over them is the separate runs."""
+    params = {"w": random(4, 3), "b": random(3)}
+    grads = [tree.map(lambda p, s=s: random(*p.shape, seed=s), params) for s in range(3)]
+
+    def make(rate: Any, momentum: Any, decay: Any) -> sf.Transformation:
+        return sf.muon(rate, momentum=momentum, weight_decay=decay)
+
+    settings = ((0.1, 0.9, 0.0), (0.02, 0.5, 0.3))
+    columns = (torch.tensor(column, dtype=torch.float64) for column in zip(*settings, strict=True))
+    together = torch.func.vmap(lambda *own: run(make(*own), params, grads))(*columns)
+    for index, own in enumerate(settings):
+        alone = run(make(*own), params, grads)
+        for name, leaf in alone.items():
+            torch.testing.assert_close(together[name][index], leaf, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("d_out", "d_in"), [(8, 2), (2, 8), (5, 5)])
 def test_scale_rules(d_out: int, d_in: int) -> None:
     """Each rule is its formula; the callable gets (d_in, d_out), as in the reference."""
