@@ -34,22 +34,29 @@ def run(tx: sf.Transformation, grads: Tensor, **extra: Any) -> tuple[list[Tensor
     return seen, state
 
 
-def numpy_soap(grads: Array, beta1: float, beta2: float, period: int) -> list[Array]:
-    """SOAP as its paper and code have it, for one matrix, in NumPy with plain loops."""
+def numpy_soap(
+    grads: Array, beta1: float, beta2: float, period: int, *, skips: bool
+) -> list[Array]:
+    """SOAP as its paper and code have it, for one matrix, in NumPy with plain loops.
+
+    skips: whether the first moment, too, leaves out the first gradient.
+    """
     rows, columns = grads[0].shape
     left, right = np.zeros((rows, rows)), np.zeros((columns, columns))
     mean = np.zeros((rows, columns))
     square = np.zeros((rows, columns))
-    updates, count = [], 0
+    updates, count, seen = [], 0, 0
     basis_left, basis_right = np.eye(rows), np.eye(columns)
     for number, grad in enumerate(grads, 1):
         update = np.zeros_like(grad)
+        if number > 1 or not skips:
+            seen += 1
+            mean = beta1 * mean + (1 - beta1) * grad
         if number > 1:
             count += 1
             turned = basis_left.T @ grad @ basis_right
-            mean = beta1 * mean + (1 - beta1) * grad
             square = beta2 * square + (1 - beta2) * turned**2
-            first = (basis_left.T @ mean @ basis_right) / (1 - beta1**count)
+            first = (basis_left.T @ mean @ basis_right) / (1 - beta1**seen)
             second = square / (1 - beta2**count)
             update = basis_left @ (first / (np.sqrt(second) + 1e-8)) @ basis_right.T
         updates.append(update)
@@ -81,7 +88,8 @@ def test_soap_equals_its_textbook(momentum: Any, period: int) -> None:
         1.0, beta1=0.9, beta2=0.8, weight_decay=0.0, refresh_every=period, momentum=momentum
     )
     seen, _ = run(tx, grads)
-    for ours, textbook in zip(seen, numpy_soap(grads.numpy(), 0.9, 0.8, period), strict=True):
+    wanted = numpy_soap(grads.numpy(), 0.9, 0.8, period, skips=momentum == "rotated")
+    for ours, textbook in zip(seen, wanted, strict=True):
         np.testing.assert_allclose(-ours.numpy(), textbook, rtol=1e-6, atol=1e-9)
 
 
@@ -157,7 +165,8 @@ def test_ema_of_eigenvalues_is_the_factors_diagonal() -> None:
     """Within one basis an average of diag(Q^T G G^T Q) is the diagonal of the average."""
     grads = gradients(9, 5, 3)
     seen = {}
-    for kind in ("every_step", "ema"):
+    kinds: list[Any] = ["every_step", "ema"]
+    for kind in kinds:
         tx = sf.precondition(
             sf.eigendecomposed(
                 0.9,
@@ -225,10 +234,12 @@ def test_tolerance_keeps_good_bases_one_by_one(solver: linalg.BasisSolver) -> No
 def test_tolerance_spares_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager code decomposes what is off and nothing else."""
     seen = []
-    true = linalg.bases.eigenpairs
-    monkeypatch.setattr(
-        linalg.bases, "eigenpairs", lambda matrix: (seen.append(len(matrix)), true(matrix))[1]
-    )
+
+    def counting(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(matrix))
+        return linalg.eigenpairs(matrix)
+
+    monkeypatch.setattr("shampoo_func.linalg.bases.eigenpairs", counting)
     diagonal = torch.eye(4, dtype=torch.float64).expand(3, 4, 4).clone()
     off = diagonal.clone()
     off[1] = linalg.gram(gradients(1, 4, 6)[0], 0, 2)
@@ -241,10 +252,11 @@ def test_tolerance_spares_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_matrix_that_is_not_finite_keeps_its_basis() -> None:
     """NaN in one block: its basis and eigenvalues stay, it is counted, and others go on."""
-    for tx in (
+    both: list[Any] = [
         sf.eigendecomposed(0.9),
         sf.in_eigenbasis(sf.second_moment(0.9), momentum=0.9),
-    ):
+    ]
+    for tx in both:
         stack = torch.func.vmap(tx.init)(torch.zeros(2, 3, 4, dtype=torch.float64))
         grads = gradients(2, 3, 4)
         stack = tx.refresh(tx.accumulate(stack, grads))
@@ -271,25 +283,26 @@ def test_kl_factors_recover_a_kronecker_covariance_with_its_scale() -> None:
     right = torch.diag(torch.tensor([0.3, 2.0, 1.0, 5.0])).double()
     left[0, 1] = left[1, 0] = 0.7
     wanted = torch.kron(left, right)
-    grads = kronecker_noise(6000, left, right)
-    kl = sf.kronecker(0.998, root=sf.eigh_root(1e-9), kl=True, normalize=True, exponents={2: 0.5})
-    _, state = run(sf.precondition(kl), grads)
+    grads = kronecker_noise(3000, left, right)
+    kl = sf.kronecker(0.997, root=sf.eigh_root(1e-9), kl=True, normalize=True, exponents={2: 0.5})
+    _, state = run(sf.precondition(kl, refresh_every=5), grads)
     found = torch.kron(*state.preconditioner.factors)
     error = torch.linalg.matrix_norm(found - wanted) / torch.linalg.matrix_norm(wanted)
-    assert error < 0.08
-    _, state = run(sf.precondition(sf.kronecker(0.998), policy=sf.every(1, start=10**9)), grads)
+    assert error < 0.12
+    _, state = run(sf.precondition(sf.kronecker(0.997), policy=sf.every(1, start=10**9)), grads)
     first, second = state.preconditioner.factors
     scaled = torch.kron(first, second) / linalg.diagonal(first).sum()
     assert torch.linalg.matrix_norm(torch.kron(first, second) - wanted) > wanted.max()
     error = torch.linalg.matrix_norm(scaled - wanted) / torch.linalg.matrix_norm(wanted)
-    assert error < 0.08
+    assert error < 0.12
 
 
 def test_paper_and_reference_kl_soap_differ_as_named() -> None:
     """The second step's factors: G R^-1 G^T / d in one form, G R^-1/2 G^T in the other."""
     first, second = gradients(2, 3, 3)
-    for form, exponent, divisor in (("paper", 1.0, 3.0), ("reference", 0.5, 1.0)):
-        tx = sf.in_eigenbasis(sf.second_moment(0.9), beta2=0.5, kl=form)  # type: ignore[arg-type]
+    forms: list[Any] = [("paper", 1.0, 3.0), ("reference", 0.5, 1.0)]
+    for form, exponent, divisor in forms:
+        tx = sf.in_eigenbasis(sf.second_moment(0.9), beta2=0.5, kl=form)
         state = tx.refresh(tx.accumulate(tx.init(first), first))
         after = tx.accumulate(state, second)
         right = state.factors[1] / 0.5  # bias-corrected
@@ -317,7 +330,8 @@ def test_one_sided(sides: Any, kept: tuple[int, int]) -> None:
 def test_ignored_dimension_is_not_rotated() -> None:
     """`ignore` and `max_dim` leave a dimension as it is, without a factor."""
     grad = gradients(1, 5, 3)[0]
-    for options in ({"ignore": {2: [1]}}, {"max_dim": 3}):
-        tx = sf.in_eigenbasis(sf.second_moment(0.9), **options)  # type: ignore[arg-type]
+    choices: list[Any] = [{"ignore": {2: [1]}}, {"max_dim": 3}]
+    for options in choices:
+        tx = sf.in_eigenbasis(sf.second_moment(0.9), **options)
         sizes = [factor.shape[-1] for factor in tx.init(grad).factors]
         assert sizes == ([5, 0] if "ignore" in options else [0, 3])

@@ -13,7 +13,6 @@ from shampoo_func import linalg
 from shampoo_func.errors import (
     HyperparameterError,
     check_choice,
-    check_count,
     check_dtype,
     check_number,
 )
@@ -23,6 +22,7 @@ from shampoo_func.preconditioners.factors import (
     block_shape,
     counted,
     factors_of,
+    ignored,
     preconditioned,
 )
 from shampoo_func.preconditioners.rotation import (
@@ -240,7 +240,7 @@ def in_eigenbasis(
         momentum: Keep an average of the gradient with this decay in the basis, carried over
             exactly when the basis changes, and precondition that in the place of the update: one
             rotation less per step than with a filter in the original basis, and the same
-            numbers to rounding. None for no such average.
+            numbers to rounding (but that it skips what `inner` skips). None for no such average.
         before_start: Before the first refresh the basis is the "identity"; or "skip" those
             updates: they are zero, and `inner` takes nothing in.
         ignore: Dimensions that are not rotated, by order: `{2: [1]}`.
@@ -279,7 +279,7 @@ def in_eigenbasis(
     factors = factors_of(
         beta2,
         bias_correction=bias_correction,
-        exponents=_ignored(ignore),
+        exponents=ignored(ignore),
         sides=sides,
         max_dim=max_dim,
         trace_scaling=None,
@@ -291,11 +291,3 @@ def in_eigenbasis(
     return InEigenbasis(
         inner, factors, checked_basis(basis), kl, carry, momentum, before_start, basis_dtype
     )
-
-
-def _ignored(ignore: Mapping[int, Sequence[int]] | None) -> dict[int, dict[int, float]]:
-    """Return the dimensions that have no factor as exponents of 0."""
-    given = {} if ignore is None else ignore
-    for order in given:
-        check_count("ignore: an order", order)
-    return {order: dict.fromkeys(dims, 0.0) for order, dims in given.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ __all__ = [
     "block_shape",
     "counted",
     "factors_of",
+    "ignored",
     "preconditioned",
 ]
 
@@ -191,6 +192,14 @@ def factors_of(
         dtype,
         product_dtype,
     )
+
+
+def ignored(ignore: Mapping[int, Sequence[int]] | None) -> dict[int, dict[int, float]]:
+    """Return the dimensions that have no factor as exponents of 0."""
+    given = {} if ignore is None else ignore
+    for order in given:
+        check_count("ignore: an order", order)
+    return {order: dict.fromkeys(dims, 0.0) for order, dims in given.items()}
 
 
 def _frozen_exponents(exponents: Mapping[int, float | Mapping[int, float]]) -> Exponents:

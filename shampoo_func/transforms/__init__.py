@@ -33,7 +33,10 @@ from shampoo_func.transforms.named import (
 )
 from shampoo_func.transforms.partition import Masked, Partition, masked, partition
 from shampoo_func.transforms.policies import (
+    Adaptive,
+    Every,
     Policy,
+    Probabilistic,
     adaptive,
     every,
     probabilistic,
@@ -56,11 +59,12 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
-from shampoo_func.transforms.staggered import staggered
+from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
     "Accumulate",
     "AccumulateState",
+    "Adaptive",
     "AddDecayedWeights",
     "ApplyIfFinite",
     "ApplyIfFiniteState",
@@ -71,16 +75,19 @@ __all__ = [
     "ClipByGlobalNorm",
     "Ema",
     "EmaState",
+    "Every",
     "Identity",
     "Masked",
     "Partition",
     "Policy",
     "Precondition",
     "PreconditionState",
+    "Probabilistic",
     "Scale",
     "ScaleByLearningRate",
     "ScaleBySchedule",
     "ScheduleState",
+    "Staggered",
     "Trace",
     "TraceState",
     "WithHyperparams",
