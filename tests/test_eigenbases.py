@@ -171,7 +171,7 @@ def test_ema_of_eigenvalues_is_the_factors_diagonal() -> None:
             sf.eigendecomposed(
                 0.9,
                 basis=sf.eigh_basis(0.0),
-                eigenvalues=kind,  # type: ignore[arg-type]
+                eigenvalues=kind,
                 bias_correction=False,
             ),
             refresh_every=4,
