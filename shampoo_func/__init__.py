@@ -1,5 +1,9 @@
 """Shampoo and its family as pure functions on PyTorch."""
 
+from shampoo_func.checkpoint import (
+    from_state_dict,
+    to_state_dict,
+)
 from shampoo_func.errors import (
     ShampooFuncError,
 )
@@ -19,6 +23,10 @@ from shampoo_func.recipes import (
     rmsprop,
     sgd,
     shampoo,
+)
+from shampoo_func.torch_optim import (
+    ShampooOptimizer,
+    as_optimizer,
 )
 from shampoo_func.training import (
     apply_updates,
@@ -72,6 +80,7 @@ __all__ = [
     "PseudoInverse",
     "RefreshSchedule",
     "ShampooFuncError",
+    "ShampooOptimizer",
     "Transformation",
     "__version__",
     "accumulate",
@@ -80,6 +89,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_if_finite",
     "apply_updates",
+    "as_optimizer",
     "blocked",
     "chain",
     "clip",
@@ -89,6 +99,7 @@ __all__ = [
     "donate",
     "eigh_root",
     "ema",
+    "from_state_dict",
     "global_norm",
     "graft",
     "identity",
@@ -115,6 +126,7 @@ __all__ = [
     "shampoo",
     "stack_copies",
     "sweep",
+    "to_state_dict",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",

@@ -1,0 +1,68 @@
+"""One update of all param groups: pure, or compiled with its results written over its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_func import tree
+from shampoo_func.training import apply_updates, donate
+from shampoo_func.types import Transformation
+
+__all__ = ["Ready", "compiled_step", "gathered", "updated"]
+
+
+class Ready(NamedTuple):
+    """What a group's update takes: parameters and gradients by name, and the refresh flag."""
+
+    params: dict[str, Tensor]
+    grads: dict[str, Tensor | None]
+    refresh: bool | None
+
+
+def gathered(
+    params: Mapping[str, Tensor], refresh: bool | None, *, maximize: bool
+) -> Ready:
+    """Return what the update takes, after checking the gradients.
+
+    Raises:
+        GradientError: If one is sparse or complex; the message names the parameter.
+    """
+    own = {name: param.detach() for name, param in params.items()}
+    grads: dict[str, Tensor | None] = {name: param.grad for name, param in params.items()}
+    tree.check_updates(grads, own, what="the parameter")
+    if maximize:
+        grads = {name: None if grad is None else -grad for name, grad in grads.items()}
+    return Ready(own, grads, refresh)
+
+
+def updated(tx: Transformation, state: Any, ready: Ready) -> tuple[Any, Any]:
+    """Return the updates and the next state of one group."""
+    extra = {"refresh": ready.refresh} if "refresh" in tx.extras else {}
+    return tx.update(ready.grads, state, ready.params, **extra)
+
+
+def compiled_step(transformations: Sequence[Transformation], options: Mapping[str, Any]) -> Any:
+    """Compile the update of all groups as one graph per combination of refresh flags.
+
+    Args:
+        transformations: One per group.
+        options: Arguments of `torch.compile`.
+
+    Returns:
+        `step(params, states, grads, refresh)`, all lists over the groups; params and states are
+        written over.
+    """
+
+    def step(params: list[Any], states: list[Any], grads: list[Any], refresh: list[Any]) -> Any:
+        moved, after = [], []
+        for tx, *own in zip(transformations, params, states, grads, refresh, strict=True):
+            updates, state = updated(tx, own[1], Ready(own[0], own[2], own[3]))
+            moved.append(apply_updates(own[0], updates))
+            after.append(state)
+        return moved, after
+
+    return torch.compile(donate(step), **{"fullgraph": True, **options})
