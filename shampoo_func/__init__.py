@@ -9,20 +9,28 @@ from shampoo_func.errors import (
 )
 from shampoo_func.linalg import (
     PseudoInverse,
+    eigh_basis,
     eigh_root,
+    guarded,
+    qr_basis,
 )
 from shampoo_func.preconditioners import (
+    eigendecomposed,
     graft,
     identity_preconditioner,
+    in_eigenbasis,
     kronecker,
     second_moment,
 )
 from shampoo_func.recipes import (
     adagrad,
     adamw,
+    kl_shampoo,
+    kl_soap,
     rmsprop,
     sgd,
     shampoo,
+    soap,
 )
 from shampoo_func.torch_optim import (
     ShampooOptimizer,
@@ -37,6 +45,7 @@ from shampoo_func.training import (
 )
 from shampoo_func.transforms import (
     accumulate,
+    adaptive,
     add_decayed_weights,
     apply_if_finite,
     blocked,
@@ -46,6 +55,7 @@ from shampoo_func.transforms import (
     constant_schedule,
     cosine_decay_schedule,
     ema,
+    every,
     global_norm,
     identity,
     join_schedules,
@@ -55,6 +65,7 @@ from shampoo_func.transforms import (
     partition,
     piecewise_constant_schedule,
     precondition,
+    probabilistic,
     scale,
     scale_by_adam,
     scale_by_learning_rate,
@@ -62,6 +73,7 @@ from shampoo_func.transforms import (
     scale_by_rss,
     scale_by_schedule,
     scale_by_shampoo,
+    staggered,
     trace,
     warmup_cosine_decay_schedule,
     warmup_stable_decay_schedule,
@@ -69,7 +81,7 @@ from shampoo_func.transforms import (
 )
 from shampoo_func.types import (
     Preconditioner,
-    RefreshSchedule,
+    RefreshPolicy,
     Transformation,
 )
 
@@ -78,7 +90,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Preconditioner",
     "PseudoInverse",
-    "RefreshSchedule",
+    "RefreshPolicy",
     "ShampooFuncError",
     "ShampooOptimizer",
     "Transformation",
@@ -86,6 +98,7 @@ __all__ = [
     "accumulate",
     "adagrad",
     "adamw",
+    "adaptive",
     "add_decayed_weights",
     "apply_if_finite",
     "apply_updates",
@@ -97,14 +110,21 @@ __all__ = [
     "constant_schedule",
     "cosine_decay_schedule",
     "donate",
+    "eigendecomposed",
+    "eigh_basis",
     "eigh_root",
     "ema",
+    "every",
     "from_state_dict",
     "global_norm",
     "graft",
+    "guarded",
     "identity",
     "identity_preconditioner",
+    "in_eigenbasis",
     "join_schedules",
+    "kl_shampoo",
+    "kl_soap",
     "kronecker",
     "linear_schedule",
     "masked",
@@ -112,6 +132,8 @@ __all__ = [
     "partition",
     "piecewise_constant_schedule",
     "precondition",
+    "probabilistic",
+    "qr_basis",
     "refresh_due",
     "rmsprop",
     "scale",
@@ -124,7 +146,9 @@ __all__ = [
     "second_moment",
     "sgd",
     "shampoo",
+    "soap",
     "stack_copies",
+    "staggered",
     "sweep",
     "to_state_dict",
     "trace",

@@ -438,7 +438,7 @@ HYPERPARAMETERS = [
     *counts(sf.precondition, "refresh_every", preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", like=NO_COUNTS, preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", 4, like=(), preconditioner=sf.kronecker(), refresh_every=5),
-    *numbers(sf.RefreshSchedule, "period", like=NO_COUNTS, start=1),
+    *numbers(sf.every, "period", like=NO_COUNTS, start=1),
     *numbers(sf.rmsprop, "learning_rate", -0.1),
     *numbers(sf.rmsprop, "beta2", -0.1, 1.0, 1.5, learning_rate=0.1),
     *numbers(sf.rmsprop, "epsilon", -1e-8, learning_rate=0.1),

@@ -31,6 +31,12 @@ from shampoo_func.transforms.named import (
     scale_by_shampoo,
 )
 from shampoo_func.transforms.partition import Masked, Partition, masked, partition
+from shampoo_func.transforms.policies import (
+    Policy,
+    adaptive,
+    every,
+    probabilistic,
+)
 from shampoo_func.transforms.precondition import Precondition, PreconditionState, precondition
 from shampoo_func.transforms.scaling import (
     Identity,
@@ -49,6 +55,7 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
+from shampoo_func.transforms.staggered import staggered
 
 __all__ = [
     "Accumulate",
@@ -66,6 +73,7 @@ __all__ = [
     "Identity",
     "Masked",
     "Partition",
+    "Policy",
     "Precondition",
     "PreconditionState",
     "Scale",
@@ -77,6 +85,7 @@ __all__ = [
     "WithHyperparams",
     "WithHyperparamsState",
     "accumulate",
+    "adaptive",
     "add_decayed_weights",
     "apply_if_finite",
     "blocked",
@@ -86,6 +95,7 @@ __all__ = [
     "constant_schedule",
     "cosine_decay_schedule",
     "ema",
+    "every",
     "global_norm",
     "identity",
     "join_schedules",
@@ -95,6 +105,7 @@ __all__ = [
     "partition",
     "piecewise_constant_schedule",
     "precondition",
+    "probabilistic",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
@@ -102,6 +113,7 @@ __all__ = [
     "scale_by_rss",
     "scale_by_schedule",
     "scale_by_shampoo",
+    "staggered",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
