@@ -35,14 +35,16 @@ def named_params(group: Group, offset: int) -> Params:
 class Member:
     """What a param group is made into, from its first step on.
 
-    tx: the transformation. values: the options that it is made of. tensors: those of them that
-    live as 0-d tensors, which `tx` holds and `follow` writes. living: the names that may.
+    tx: the transformation as the options are now. values: those options. tensors: those of them
+    that are 0-d tensors, to be written or passed to a compiled step. static: the others, the
+    same dict as long as nothing but tensors changes. living: the options that may be tensors.
     state: the state of tx for the parameters in `names`. device: where it is.
     """
 
     tx: Transformation
     values: dict[str, Any]
     tensors: dict[str, Tensor]
+    static: dict[str, Any]
     living: frozenset[str]
     device: torch.device
     names: tuple[str, ...] = ()
@@ -60,34 +62,42 @@ class Member:
         values = options_of(recipe, group)
         recipe.build(values)  # numbers are checked here; as tensors they no longer can be
         tensors = {
-            name: torch.tensor(value, dtype=linalg.scalar_dtype(device), device=device)
+            name: value
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=linalg.scalar_dtype(device), device=device)
             for name, value in values.items()
-            if name in living and may_be_tensor(name, value)
+            if isinstance(value, Tensor) or (name in living and may_be_tensor(name, value))
         }
-        return cls(recipe.build({**values, **tensors}), values, tensors, living, device)
+        static = {name: value for name, value in values.items() if name not in tensors}
+        tx = recipe.build({**static, **tensors})
+        return cls(tx, values, tensors, static, living, device)
 
     def follow(self, recipe: Recipe, group: Group, params: Params, device: torch.device) -> Member:
         """Return the member that the group's options make now; most often this one.
 
         An option that changes for the first time becomes a tensor, and from then on a change
-        is a write into that tensor. Another kind of change builds the transformation anew and
-        carries the state over.
+        is a write into that tensor. Another kind of change builds the member anew and carries
+        the state over.
 
         Raises:
             HyperparameterError: If an option is out of range, or cannot be changed any more.
         """
         options = options_of(recipe, group)
         changed = [name for name, value in self.values.items() if not same(value, options[name])]
-        if not changed and device == self.device:
-            return self
-        written = {name: options[name] for name in changed if name in self.tensors}
+        # a tensor that the user gave is not ours to write
+        ours = [name for name in self.tensors if not isinstance(self.values[name], Tensor)]
+        written = {name: options[name] for name in changed if name in ours}
         moved = device != self.device or len(written) < len(changed)
         if moved or not all(may_be_tensor(name, value) for name, value in written.items()):
             return self._rebuilt(recipe, group, params, changed, device)
-        recipe.build({**self.values, **written})
-        self.values.update(written)
+        if written:
+            recipe.build({**self.values, **written})
         for name, value in written.items():
             self.tensors[name].fill_(value)
+        self.values.update(written)
+        if written or any(isinstance(value, Tensor) for value in self.values.values()):
+            # stages may hold what was computed from a tensor: rate / peak
+            self.tx = recipe.build({**self.static, **self.tensors})
         return self
 
     def _rebuilt(

@@ -180,16 +180,17 @@ class FunctionalOptimizer(torch.optim.Optimizer):
             member.state = state
 
     def _write_compiled(self, members: list[Member], ready: list[Ready]) -> None:
-        """Update all groups by one graph, compiled anew if a transformation is another."""
-        used = [member.tx for member in members]
+        """Update all groups by one graph, compiled anew if the options ask for another."""
+        used = [member.static for member in members]
         kept = self._compiled
         if kept is None or [*map(id, kept[0])] != [*map(id, used)]:
             options = self._compile if isinstance(self._compile, dict) else {}
-            self._compiled = kept = (used, compiled_step(used, options))
+            self._compiled = kept = (used, compiled_step(self._recipe, used, options))
         kept[1](
             [own.params for own in ready],
             [member.state for member in members],
             [own.grads for own in ready],
+            [member.tensors for member in members],
             [own.refresh for own in ready],
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func import tree
+from shampoo_func.torch_optim.options import Recipe
 from shampoo_func.training import apply_updates, donate
 from shampoo_func.types import Transformation
 
@@ -45,23 +46,31 @@ def updated(tx: Transformation, state: Any, ready: Ready) -> tuple[Any, Any]:
     return tx.update(ready.grads, state, ready.params, **extra)
 
 
-def compiled_step(transformations: Sequence[Transformation], options: Mapping[str, Any]) -> Any:
+def compiled_step(
+    recipe: Recipe, statics: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> Any:
     """Compile the update of all groups as one graph per combination of refresh flags.
 
     Args:
-        transformations: One per group.
+        recipe: Builds a group's transformation, inside the graph: what a stage computes from
+            a learning rate must be computed from the one of the step.
+        statics: The options of every group that are no tensors.
         options: Arguments of `torch.compile`.
 
     Returns:
-        `step(params, states, grads, refresh)`, all lists over the groups; params and states are
-        written over.
+        `step(params, states, grads, tensors, refresh)`, all lists over the groups, `tensors`
+        of the other options; params and states are written over.
     """
 
-    def step(params: list[Any], states: list[Any], grads: list[Any], refresh: list[Any]) -> Any:
+    def step(
+        params: list[Any], states: list[Any], grads: list[Any], tensors: list[Any], refresh: Any
+    ) -> Any:
         moved, after = [], []
-        for tx, *own in zip(transformations, params, states, grads, refresh, strict=True):
-            updates, state = updated(tx, own[1], Ready(own[0], own[2], own[3]))
-            moved.append(apply_updates(own[0], updates))
+        for index, static in enumerate(statics):
+            tx = recipe.build({**static, **tensors[index]})
+            ready = Ready(params[index], grads[index], refresh[index])
+            updates, state = updated(tx, states[index], ready)
+            moved.append(apply_updates(params[index], updates))
             after.append(state)
         return moved, after
 
