@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compiling import BACKEND, fresh_compiler
+from compiling import BACKEND, fresh_compiler, graph_count
 from shell_loops import (
     SETTINGS,
     Net,
@@ -27,6 +31,7 @@ from shell_loops import (
     two_groups,
     two_params,
 )
+from test_readme import snippets
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -77,7 +82,9 @@ def test_gradients_are_not_mutated() -> None:
             before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             optimizer.step()
             after = [p.grad for p in model.parameters()]
-            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True) if b is not None)
+            assert all(
+                torch.equal(a, b) for a, b in zip(before, after, strict=True) if b is not None
+            )
 
 
 def test_sgd_direction_does_not_spoil_the_filter() -> None:
@@ -107,7 +114,7 @@ def test_missing_gradients_leave_a_parameter_and_its_state_alone() -> None:
     after = state_bits(optimizer)
     assert torch.equal(params["b"], value)
     check_same_state({1: before[1]}, {1: after[1]})
-    assert after[0]["precondition/b0/step"] == 8
+    assert after[0]["precondition/b0_0/step"] == 8
 
 
 def test_the_loop_with_gaps_equals_the_functional_one() -> None:
@@ -230,7 +237,7 @@ def test_frozen_parameters() -> None:
         optimizer.step()
         other.step()
     torch.testing.assert_close(params["a"], alone["a"], rtol=1e-9, atol=1e-12)
-    assert optimizer.state[params["b"]]["precondition/b0/step"] == 5
+    assert optimizer.state[params["b"]]["precondition/b0_0/step"] == 5
 
 
 def test_state_begins_with_the_first_step() -> None:
@@ -254,7 +261,7 @@ def test_closure() -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = (model(inputs) - targets).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         losses.append(loss)
         return loss
 
@@ -484,7 +491,7 @@ MISFITS = {
     ),
     "block size": (
         broken(lambda d: d["param_groups"][0].update(block_size=2)),
-        "missing: 'a: precondition/b0_0/",
+        "missing: 'a: precondition/b0_1/",
     ),
 }
 
@@ -505,12 +512,12 @@ def test_distributed_checkpoint_takes_it(flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     optimizer = sf.ShampooOptimizer(two_groups(model), lr=0.02, **SETTINGS)
     train(model, optimizer, data[:4])
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    saved: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     weights = copy.deepcopy(model.state_dict())
     if flat:
         assert "state.head.weight.trace/trace" in saved
     else:
-        assert "trace/trace" in saved["state"]["head.weight"]  # type: ignore[index]
+        assert "trace/trace" in saved["state"]["head.weight"]
     expected = train(model, optimizer, data[4:])
     fresh = Net()
     fresh.load_state_dict(weights)
@@ -543,7 +550,7 @@ class Mean(sf.Transformation):
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         return updates, sf.transforms.TraceState(
-            tree.map(lambda t, p, u: t + (p + u), state.trace, params, updates)
+            tree.advance(lambda t, u, p: t + (p + u), state.trace, updates, params)
         )
 
 
@@ -636,9 +643,10 @@ def counter() -> Iterator[Any]:
         yield found
 
 
+@pytest.mark.slow
 def test_compiled_has_two_graphs(counter: Any) -> None:
     """Two groups under a scheduler: one graph with a refresh, one without, and the same values."""
-    model = Net()
+    model = mlp()
     data = batches(14, model)
     twin = copy.deepcopy(model)
     groups = two_groups(model)
@@ -651,17 +659,14 @@ def test_compiled_has_two_graphs(counter: Any) -> None:
     storages = [p.data_ptr() for p in model.parameters()]
     got = train(model, optimizer, data, schedulers[0])
     expected = train(twin, other, data, schedulers[1])
-    assert counter.frame_count == 2
+    assert optimizer._compiled is not None and graph_count(optimizer._compiled[1]) == 2
     assert [p.data_ptr() for p in model.parameters()] == storages
     for one, two in zip(got, expected, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-    check = saved_and_loaded(optimizer.state_dict())
-    optimizer.load_state_dict(check)
-    train(model, optimizer, data[:1])
-    assert counter.frame_count <= 3
 
 
+@pytest.mark.slow
 def test_compiled_rate_reaches_corrected_decay(counter: Any) -> None:
     """What a stage computes from the rate is computed in the graph, from the rate of the step."""
     params = two_params()
@@ -673,17 +678,17 @@ def test_compiled_rate_reaches_corrected_decay(counter: Any) -> None:
         for optimizer, own in ((compiled, params), (eager, twin)):
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
             fixed_run(optimizer, own, [grad])
-    assert counter.frame_count == 2
+    assert compiled._compiled is not None and graph_count(compiled._compiled[1]) == 2
     for name in params:
         torch.testing.assert_close(params[name], twin[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow
 def test_compiled_by_inductor() -> None:
-    """The default compiler, by `compile=True`, on the convolutional net."""
+    """The default compiler, by `compile=True`."""
     if BACKEND != "inductor":
         pytest.skip("needs a C++ compiler")
-    model = Net()
+    model = mlp()
     data = batches(9, model)
     twin = copy.deepcopy(model)
     with fresh_compiler():
@@ -713,3 +718,32 @@ def test_unnamed_parameters_are_numbered() -> None:
     params[2].grad = torch.ones(2).to_sparse()
     with pytest.raises(GradientError, match="gradient of '2' is a sparse"):
         optimizer.step()
+
+
+def test_the_page_runs() -> None:
+    """Every Python block of docs/torch_optim.md runs, in order."""
+    page = (Path(__file__).parent.parent / "docs" / "torch_optim.md").read_text()
+    blocks = snippets(page)
+    assert len(blocks) >= 5
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "torch_optim.md", "exec"), namespace)
+
+
+def test_the_example_resumes(tmp_path: Path) -> None:
+    """The example, stopped and resumed, ends where the whole run ends."""
+    root = Path(__file__).parent.parent
+    script = [sys.executable, str(root / "examples" / "train_torch_loop.py"), "--steps", "30"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+
+    def run(*more: str) -> str:
+        arguments = [*script, "--checkpoint", str(tmp_path / "run.pt"), *more]
+        done = subprocess.run(
+            arguments, check=True, env=environment, capture_output=True, text=True, timeout=120
+        )
+        return done.stdout.splitlines()[-1]
+
+    whole = run()
+    (tmp_path / "run.pt").unlink()
+    run("--stop-after", "13")
+    assert run() == whole

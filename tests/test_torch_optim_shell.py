@@ -221,9 +221,7 @@ EDITS: list[tuple[str, Any, Any, Callable[[Any], Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "old", "new", "migrated"), EDITS)
-def test_edits_take_effect(
-    name: str, old: Any, new: Any, migrated: Callable[[Any], Any]
-) -> None:
+def test_edits_take_effect(name: str, old: Any, new: Any, migrated: Callable[[Any], Any]) -> None:
     """Defect 7: an option that is edited in the group holds from the next step on, entirely."""
     params = two_params()
     grads = random_grads(params, 12)
@@ -249,7 +247,7 @@ def test_edits_take_effect(
             if step == 5:
                 state = migrated(state)
             elif new == 0.0:
-                state = {"beta1": with_filter}.get(name, no_change)(state)
+                state = with_filter(state) if name == "beta1" else state
         due = sf.refresh_due(tx, step + 1)
         updates, state = tx.update(grad, state, own, refresh=due)
         own = sf.apply_updates(own, updates)
@@ -296,8 +294,8 @@ def test_momentum_of_one_cycle() -> None:
     for grad in random_grads(params, 8):
         fixed_run(optimizer, params, [grad])
         scheduler.step()
-        member = optimizer._members[0]
-        assert member is not None
+    member = optimizer._members[0]
+    assert member is not None
     assert 0.85 <= float(member.tensors["momentum"]) <= 0.95
     assert member.tensors["momentum"] != optimizer.param_groups[0]["momentum"]  # not yet stepped
 
@@ -365,7 +363,7 @@ def test_two_schedules_are_one_too_many() -> None:
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.09)
         scheduler.step()
-        with pytest.raises(OptimizerError, match="lr was changed from .* a schedule inside"):
+        with pytest.raises(OptimizerError, match=r"lr was changed from .* a schedule inside"):
             optimizer.step()
 
 

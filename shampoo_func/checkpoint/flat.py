@@ -65,9 +65,7 @@ def to_state_dict(
     return saved
 
 
-def from_state_dict(
-    tx: Transformation, params: Tree, state_dict: Mapping[str, Tensor]
-) -> Any:
+def from_state_dict(tx: Transformation, params: Tree, state_dict: Mapping[str, Tensor]) -> Any:
     """Return the state that `to_state_dict` saved, bit for bit.
 
     Keys that do not begin with `state/` are left alone, so one dict may hold more.
@@ -123,7 +121,8 @@ def fill(entries: Mapping[str, Entry], saved: Mapping[str, Tensor]) -> None:
         for value, packed in (_found(key, saved),)
         if value is not None and not _fits(value, packed, entry.tensor)
     ]
-    problems += different[:3] + _more(different)
+    problems += different[:3]
+    problems += [f"and {len(different) - 3} more"] if len(different) > 3 else []
     if problems:
         raise CheckpointError(
             f"the checkpoint does not fit: {'; '.join(problems)}. Build the optimizer with the "
@@ -210,8 +209,5 @@ def _kind(value: Any, packed: bool = False) -> str:
 def _listed(what: str, keys: Iterable[str]) -> list[str]:
     """Say which keys are missing or unexpected."""
     found = sorted(keys)
-    return [f"{what}: {', '.join(map(repr, found[:3]))}", *_more(found)] if found else []
-
-
-def _more(found: list[str]) -> list[str]:
-    return [f"and {len(found) - 3} more"] if len(found) > 3 else []
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [f"{what}: {', '.join(map(repr, found[:3]))}{more}"] if found else []

@@ -27,6 +27,11 @@ from shampoo_func.types import Schedule
 
 __all__ = ["FunctionalOptimizer"]
 
+COPIED = (
+    *("defaults", "param_groups", "_recipe", "_living", "_schedule", "_compile"),
+    *("_max_failures", "_members", "_trained"),
+)
+
 
 class FunctionalOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` around a recipe: what `as_optimizer` returns.
@@ -62,8 +67,8 @@ class FunctionalOptimizer(torch.optim.Optimizer):
         self._compiled: tuple[list[Any], Any] | None = None
         super().__init__(params, {**dict(recipe.defaults), "maximize": maximize})
 
-    @property
-    def state(self) -> dict[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """The state by parameter, as torch.optim has it: named views, made when asked for."""
         found = {}
         for index in range(len(self.param_groups)):
@@ -100,7 +105,9 @@ class FunctionalOptimizer(torch.optim.Optimizer):
         repeated = [name for name in params if name in others]
         if repeated or len({*params.values()}) < len(group["params"]):
             seen = repeated[0] if repeated else "a parameter"
-            raise ParameterError(f"{seen!r} is given twice; give every parameter once, by one name.")
+            raise ParameterError(
+                f"{seen!r} is given twice; give every parameter once, by one name."
+            )
         tree.check_params(params)
         complete(group, self._recipe, self._schedule)
         self._recipe.build(options_of(self._recipe, group))
@@ -131,14 +138,11 @@ class FunctionalOptimizer(torch.optim.Optimizer):
         return member
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step with the gradients in `.grad`; a parameter without one is left alone.
 
         Args:
-            closure: Computes the loss anew, with gradients; called once.
-
-        Returns:
-            What the closure returned.
+            closure: Computes the loss anew, with gradients; called once, its loss is returned.
 
         Raises:
             GradientError: If a gradient is sparse or complex; nothing has changed then.
@@ -220,9 +224,7 @@ class FunctionalOptimizer(torch.optim.Optimizer):
             swaps.append((own, changed))
         if not any(changed for _, changed in swaps):
             return
-        self._trained = [
-            {name: own[name].clone() for name in changed} for own, changed in swaps
-        ]
+        self._trained = [{name: own[name].clone() for name in changed} for own, changed in swaps]
         for own, changed in swaps:
             for name, mean in changed.items():
                 own[name].copy_(mean)
@@ -260,7 +262,7 @@ class FunctionalOptimizer(torch.optim.Optimizer):
         ]
         return {**state_dict, "param_groups": groups}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned: options and state, all or nothing.
 
         Raises:
@@ -291,9 +293,7 @@ class FunctionalOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out hooks, as torch.optim does, and what was compiled."""
-        kept = ("defaults", "param_groups", "_recipe", "_living", "_schedule", "_compile")
-        kept = (*kept, "_max_failures", "_members", "_trained")
-        return {name: self.__dict__[name] for name in kept}
+        return {name: self.__dict__[name] for name in COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned."""

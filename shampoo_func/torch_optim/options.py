@@ -172,7 +172,7 @@ def complete(group: Group, recipe: Recipe, schedule: Schedule | None) -> None:
     corrected = group.get("weight_decay_kind") in ("corrected", "independent")
     if corrected and group.get("peak_learning_rate", 0.0) is None and schedule is None:
         # every group's decay is relative to its own first rate
-        group["peak_learning_rate"] = float(rate)
+        group["peak_learning_rate"] = float(group["lr"])
     shown = shown_rate(recipe, group)
     if shown is not None:
         group["lr"] = shown

@@ -70,10 +70,11 @@ def _rates(tx: Transformation) -> Iterator[Any]:
 
 def _with_rates(tx: Transformation, changed: Callable[[float], Scalar]) -> Transformation:
     """Return the transformation with every constant rate changed."""
-    if isinstance(tx, WithHyperparams) or not dataclasses.is_dataclass(tx):
+    if isinstance(tx, WithHyperparams) or not hasattr(tx, "__dataclass_fields__"):
         return tx
+    stage: Any = tx
     fields: dict[str, Any] = {}
-    for field in dataclasses.fields(tx):
+    for field in dataclasses.fields(stage):
         value = getattr(tx, field.name)
         if field.name == "learning_rate":
             fields[field.name] = value if _is_schedule(value) else changed(float(value))
@@ -81,7 +82,7 @@ def _with_rates(tx: Transformation, changed: Callable[[float], Scalar]) -> Trans
             fields[field.name] = _with_rates(value, changed)
         elif isinstance(value, tuple) and any(_is_named_stage(entry) for entry in value):
             fields[field.name] = tuple((name, _with_rates(own, changed)) for name, own in value)
-    result: Transformation = dataclasses.replace(tx, **fields)
+    result: Transformation = dataclasses.replace(stage, **fields)
     return result
 
 

@@ -24,9 +24,7 @@ class Ready(NamedTuple):
     refresh: bool | None
 
 
-def gathered(
-    params: Mapping[str, Tensor], refresh: bool | None, *, maximize: bool
-) -> Ready:
+def gathered(params: Mapping[str, Tensor], refresh: bool | None, *, maximize: bool) -> Ready:
     """Return what the update takes, after checking the gradients.
 
     Raises:
