@@ -14,6 +14,16 @@ from shampoo_func.linalg.diagonal import diagonal, with_diagonal
 from shampoo_func.linalg.eigenpairs import eigenpairs
 from shampoo_func.linalg.layout import with_layout_of
 from shampoo_func.linalg.modes import gram, mode_norms, multiply
+from shampoo_func.linalg.polar import (
+    NewtonSchulzPolar,
+    PolarMethod,
+    SvdPolar,
+    newton_schulz_polar,
+    normalized,
+    polar_express,
+    svd_polar,
+)
+from shampoo_func.linalg.polar_coefficients import polar_express_coefficients
 from shampoo_func.linalg.roots import EighRoot, PseudoInverse, eigh_root
 from shampoo_func.linalg.scaling import (
     align,
@@ -31,10 +41,13 @@ __all__ = [
     "EighBasis",
     "EighRoot",
     "Guarded",
+    "NewtonSchulzPolar",
+    "PolarMethod",
     "PseudoInverse",
     "QrBasis",
     "Root",
     "RootSolver",
+    "SvdPolar",
     "align",
     "all_finite",
     "bias_correction",
@@ -50,10 +63,15 @@ __all__ = [
     "guarded",
     "mode_norms",
     "multiply",
+    "newton_schulz_polar",
+    "normalized",
     "off_diagonal",
+    "polar_express",
+    "polar_express_coefficients",
     "qr_basis",
     "scalar_dtype",
     "scaled",
+    "svd_polar",
     "with_diagonal",
     "with_layout_of",
 ]

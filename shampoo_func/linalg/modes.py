@@ -68,7 +68,8 @@ def multiply(
     batch = blocks.ndim - order
     if dim == order - 1:
         rows = blocks.flatten(batch, -2) if order > 1 else blocks.unsqueeze(-2)
-        return (rows @ matrix.mT).reshape(blocks.shape)
+        # not .mT: Dynamo would hand the view into the branch of a torch.cond, which refuses it
+        return (rows @ matrix.transpose(-1, -2)).reshape(blocks.shape)
     moved = blocks.movedim(batch + dim, batch)
     product = matrix @ moved.flatten(batch + 1)
     return product.reshape(moved.shape).movedim(batch, batch + dim)

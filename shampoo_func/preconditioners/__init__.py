@@ -19,6 +19,13 @@ from shampoo_func.preconditioners.elementwise import (
 )
 from shampoo_func.preconditioners.graft import Graft, GraftState, graft
 from shampoo_func.preconditioners.kronecker import Kronecker, KroneckerState, kronecker
+from shampoo_func.preconditioners.polar import Polar, PolarScale, PolarState, polar
+from shampoo_func.preconditioners.scalar import (
+    ScalarSecondMoment,
+    ScalarSecondMomentState,
+    scalar_second_moment,
+)
+from shampoo_func.preconditioners.sign import Sign, SignScale, SignState, sign_preconditioner
 
 __all__ = [
     "Eigendecomposed",
@@ -30,12 +37,23 @@ __all__ = [
     "InEigenbasisState",
     "Kronecker",
     "KroneckerState",
+    "Polar",
+    "PolarScale",
+    "PolarState",
+    "ScalarSecondMoment",
+    "ScalarSecondMomentState",
     "SecondMoment",
     "SecondMomentState",
+    "Sign",
+    "SignScale",
+    "SignState",
     "eigendecomposed",
     "graft",
     "identity_preconditioner",
     "in_eigenbasis",
     "kronecker",
+    "polar",
+    "scalar_second_moment",
     "second_moment",
+    "sign_preconditioner",
 ]

@@ -13,7 +13,6 @@ from shampoo_func import linalg
 from shampoo_func.errors import (
     HyperparameterError,
     check_choice,
-    check_count,
     check_dtype,
     check_number,
 )
@@ -23,6 +22,7 @@ from shampoo_func.preconditioners.factors import (
     block_shape,
     counted,
     factors_of,
+    ignored,
     preconditioned,
 )
 from shampoo_func.preconditioners.rotation import (
@@ -33,6 +33,7 @@ from shampoo_func.preconditioners.rotation import (
     rotated,
     rotated_back,
     scaled_along,
+    transposed,
     where_started,
 )
 from shampoo_func.types import Preconditioner, Scalar, named_roles
@@ -106,7 +107,8 @@ class InEigenbasis(Preconditioner):
         order = len(state.factors)
 
         def whiten(blocks: Tensor, dim: int) -> Tensor:
-            turned = linalg.multiply(blocks, state.bases[dim].mT.to(blocks.dtype), dim, order)
+            basis = transposed(state.bases[dim]).to(blocks.dtype)
+            turned = linalg.multiply(blocks, basis, dim, order)
             exponent = 0.5 if self.kl == "paper" else 1 / (2 * order)
             powers = self.basis.powers(state.eigenvalues[dim], exponent)
             return scaled_along(turned, powers, dim, order)
@@ -211,7 +213,7 @@ def in_eigenbasis(
     sides: Sides = "all",
     max_dim: int | None = None,
     bias_correction: bool = True,
-    weighted: bool = True,
+    drop_weighting: bool = False,
     factor_dtype: torch.dtype | None = None,
     basis_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
@@ -238,14 +240,14 @@ def in_eigenbasis(
         momentum: Keep an average of the gradient with this decay in the basis, carried over
             exactly when the basis changes, and precondition that in the place of the update: one
             rotation less per step than with a filter in the original basis, and the same
-            numbers to rounding. None for no such average.
+            numbers to rounding (but that it skips what `inner` skips). None for no such average.
         before_start: Before the first refresh the basis is the "identity"; or "skip" those
             updates: they are zero, and `inner` takes nothing in.
         ignore: Dimensions that are not rotated, by order: `{2: [1]}`.
         sides: Which dimensions are rotated, see `kronecker`.
         max_dim: Dimensions larger than this are not rotated.
         bias_correction: Whether F / (1 - beta2^t) is decomposed (it matters for damping only).
-        weighted: See `kronecker`.
+        drop_weighting: See `kronecker`.
         factor_dtype: dtype of the factors.
         basis_dtype: dtype of the bases and the rotations; as the factors if not given.
         product_dtype: dtype of the products of gradients.
@@ -277,23 +279,15 @@ def in_eigenbasis(
     factors = factors_of(
         beta2,
         bias_correction=bias_correction,
-        exponents=_ignored(ignore),
+        exponents=ignored(ignore),
         sides=sides,
         max_dim=max_dim,
         trace_scaling=None,
         normalize=kl == "paper",
-        weighted=weighted,
+        drop_weighting=drop_weighting,
         dtype=factor_dtype,
         product_dtype=product_dtype,
     )
     return InEigenbasis(
         inner, factors, checked_basis(basis), kl, carry, momentum, before_start, basis_dtype
     )
-
-
-def _ignored(ignore: Mapping[int, Sequence[int]] | None) -> dict[int, dict[int, float]]:
-    """Return the dimensions that have no factor as exponents of 0."""
-    given = {} if ignore is None else ignore
-    for order in given:
-        check_count("ignore: an order", order)
-    return {order: dict.fromkeys(dims, 0.0) for order, dims in given.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from shampoo_func.preconditioners.rotation import (
     rotated,
     rotated_back,
     scaled_along,
+    transposed,
 )
 from shampoo_func.types import Preconditioner, Scalar, named_roles
 
@@ -88,11 +89,15 @@ class Eigendecomposed(Preconditioner):
             if self.eigenvalues == "refresh":
                 return linalg.multiply(blocks, state.roots[dim].to(blocks.dtype), dim, order)
             # a Gram matrix does not change when another dimension is rotated, so none is undone
-            turned = linalg.multiply(blocks, state.bases[dim].mT.to(blocks.dtype), dim, order)
+            basis = transposed(state.bases[dim]).to(blocks.dtype)
+            turned = linalg.multiply(blocks, basis, dim, order)
             return scaled_along(turned, self._powers(state, dim), dim, order)
 
         factors = self.factors.accumulate(state.factors, grads, whiten if self.kl else None)
-        return state._replace(step=state.step + 1, factors=factors)
+        values = state.eigenvalues
+        if self.eigenvalues == "ema":
+            values = self._re_estimated(state, lambda dim: self._averaged(state, grads, dim))
+        return state._replace(step=state.step + 1, factors=factors, eigenvalues=values)
 
     def refresh(self, state: EigendecomposedState) -> EigendecomposedState:
         """Decompose the factors; keep a basis where that cannot be had."""
@@ -123,23 +128,30 @@ class Eigendecomposed(Preconditioner):
 
     def correct(self, state: EigendecomposedState, grads: Tensor) -> EigendecomposedState:
         """Re-estimate the eigenvalues in the bases, if they are to change at every step."""
-        if self.eigenvalues == "refresh":
+        if self.eigenvalues != "every_step":
             return state
-        eigenvalues = list(state.eigenvalues)
-        for dim in preconditioned(state.factors):
-            new = self._current(state, grads, dim)
-            eigenvalues[dim] = linalg.choose(
-                state.started, new.to(eigenvalues[dim].dtype), eigenvalues[dim]
-            )
-        return state._replace(eigenvalues=tuple(eigenvalues))
+        values = self._re_estimated(state, lambda dim: self._rayleigh(state, dim))
+        return state._replace(eigenvalues=values)
 
-    def _current(self, state: EigendecomposedState, grads: Tensor, dim: int) -> Tensor:
-        """Return the eigenvalues of one factor as this step sees them."""
-        if self.eigenvalues == "every_step":
-            basis = state.bases[dim]
-            factor = self.factors.corrected(state.factors[dim], state.step, self.basis.epsilon)
-            values = ((factor.to(basis.dtype) @ basis) * basis).sum(-2)
-            return values + linalg.align(self.basis.shift, values)
+    def _re_estimated(
+        self, state: EigendecomposedState, estimate: Callable[[int], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Return new eigenvalues of every factor, for the blocks that have been refreshed."""
+        values = list(state.eigenvalues)
+        for dim in preconditioned(state.factors):
+            new = estimate(dim).to(values[dim].dtype)
+            values[dim] = linalg.choose(state.started, new, values[dim])
+        return tuple(values)
+
+    def _rayleigh(self, state: EigendecomposedState, dim: int) -> Tensor:
+        """Return diag(Q^T F Q) of one factor."""
+        basis = state.bases[dim]
+        factor = self.factors.corrected(state.factors[dim], state.step, self.basis.epsilon)
+        values = ((factor.to(basis.dtype) @ basis) * basis).sum(-2)
+        return values + linalg.align(self.basis.shift, values)
+
+    def _averaged(self, state: EigendecomposedState, grads: Tensor, dim: int) -> Tensor:
+        """Return the moving average of diag(Q^T G G^T Q) for one factor."""
         order = len(state.factors)
         turned = rotated(state.bases, grads)
         if self.kl:
@@ -199,7 +211,7 @@ def eigendecomposed(
     sides: Sides = "all",
     max_dim: int | None = None,
     trace_scaling: float | None = None,
-    weighted: bool = True,
+    drop_weighting: bool = False,
     factor_dtype: torch.dtype | None = None,
     basis_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
@@ -226,7 +238,7 @@ def eigendecomposed(
         sides: Which dimensions are preconditioned, see `kronecker`.
         max_dim: Dimensions larger than this are left unpreconditioned.
         trace_scaling: See `kronecker`.
-        weighted: See `kronecker`.
+        drop_weighting: See `kronecker`.
         factor_dtype: dtype of the factors.
         basis_dtype: dtype of bases, eigenvalues and roots, float32 or float64; as the factors,
             and at least float32, if not given.
@@ -255,13 +267,13 @@ def eigendecomposed(
         max_dim=max_dim,
         trace_scaling=trace_scaling,
         normalize=normalize,
-        weighted=weighted,
+        drop_weighting=drop_weighting,
         dtype=factor_dtype,
         product_dtype=product_dtype,
     )
     if eigenvalues == "ema" and not factors.averages:
         raise HyperparameterError(
-            f'eigenvalues="ema" needs a beta2 below 1 and weighted=True, got beta2={beta2!r} and '
-            f'weighted={weighted}; use eigenvalues="every_step" with sums.'
+            f'eigenvalues="ema" needs a beta2 below 1 and no drop_weighting, got beta2={beta2!r} '
+            f'and drop_weighting={drop_weighting}; use eigenvalues="every_step" with sums.'
         )
     return Eigendecomposed(factors, checked_basis(basis), kl, eigenvalues, basis_dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ __all__ = [
     "block_shape",
     "counted",
     "factors_of",
+    "ignored",
     "preconditioned",
 ]
 
@@ -47,7 +48,7 @@ class Factors:
     max_dim: int | None = None
     trace_scaling: float | None = None
     normalize: bool = False
-    weighted: bool = True
+    drop_weighting: bool = False
     dtype: torch.dtype | None = None
     product_dtype: torch.dtype | None = None
 
@@ -111,7 +112,7 @@ class Factors:
     def _added(self, factor: Tensor, new: Tensor) -> Tensor:
         if self._sums:
             return (factor + new).to(factor.dtype)
-        if not self.weighted:
+        if self.drop_weighting:
             return (linalg.scaled(factor, self.beta2) + new).to(factor.dtype)
         return linalg.ema(factor, new, self.beta2)
 
@@ -125,7 +126,7 @@ class Factors:
     @property
     def averages(self) -> bool:
         """Whether factors are moving averages, not sums."""
-        return self.weighted and not self._sums
+        return not self.drop_weighting and not self._sums
 
     @property
     def _sums(self) -> bool:
@@ -156,7 +157,7 @@ def factors_of(
     max_dim: int | None,
     trace_scaling: float | None,
     normalize: bool,
-    weighted: bool,
+    drop_weighting: bool,
     dtype: torch.dtype | None,
     product_dtype: torch.dtype | None,
 ) -> Factors:
@@ -187,10 +188,18 @@ def factors_of(
         max_dim,
         trace_scaling,
         normalize,
-        weighted,
+        drop_weighting,
         dtype,
         product_dtype,
     )
+
+
+def ignored(ignore: Mapping[int, Sequence[int]] | None) -> dict[int, dict[int, float]]:
+    """Return the dimensions that have no factor as exponents of 0."""
+    given = {} if ignore is None else ignore
+    for order in given:
+        check_count("ignore: an order", order)
+    return {order: dict.fromkeys(dims, 0.0) for order, dims in given.items()}
 
 
 def _frozen_exponents(exponents: Mapping[int, float | Mapping[int, float]]) -> Exponents:

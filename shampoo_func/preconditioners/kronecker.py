@@ -117,7 +117,7 @@ def kronecker(
     sides: Sides = "all",
     max_dim: int | None = None,
     trace_scaling: float | None = None,
-    weighted: bool = True,
+    drop_weighting: bool = False,
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
@@ -149,8 +149,8 @@ def kronecker(
         max_dim: Dimensions larger than this are left unpreconditioned.
         trace_scaling: Scale the matrix by its trace to minus this power before the root; None
             for no scaling (arXiv 2506.03595).
-        weighted: Whether a new Gram matrix is weighted by 1 - beta2; if not, it is added as it
-            is, and there is no bias correction.
+        drop_weighting: Whether a new Gram matrix enters with weight 1 and not 1 - beta2; then
+            there is no bias correction.
         factor_dtype: dtype of the factors; at least float32 and the block's own if not given.
         root_dtype: dtype of the roots, and (at least float32) of the products with them; as the
             factors if not given.
@@ -180,7 +180,7 @@ def kronecker(
         max_dim=max_dim,
         trace_scaling=trace_scaling,
         normalize=normalize,
-        weighted=weighted,
+        drop_weighting=drop_weighting,
         dtype=factor_dtype,
         product_dtype=product_dtype,
     )

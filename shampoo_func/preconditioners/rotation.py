@@ -19,6 +19,7 @@ __all__ = [
     "rotated",
     "rotated_back",
     "scaled_along",
+    "transposed",
     "where_started",
 ]
 
@@ -70,7 +71,7 @@ def refreshed_bases(
 
 def rotated(bases: Bases, blocks: Tensor) -> Tensor:
     """Return blocks in the eigenbases: G x_1 Q_1^T ... x_k Q_k^T."""
-    return _turned(tuple(basis.mT for basis in bases), blocks)
+    return _turned(tuple(transposed(basis) for basis in bases), blocks)
 
 
 def rotated_back(bases: Bases, blocks: Tensor) -> Tensor:
@@ -84,6 +85,11 @@ def _turned(matrices: Bases, blocks: Tensor) -> Tensor:
         matrix = matrices[dim]
         result = linalg.multiply(result.to(matrix.dtype), matrix, dim, len(matrices))
     return result.contiguous()
+
+
+def transposed(basis: Tensor) -> Tensor:
+    """Return Q^T; by .mT, Dynamo would hand the view into a later torch.cond, which refuses it."""
+    return basis.transpose(-1, -2)
 
 
 def scaled_along(blocks: Tensor, factors: Tensor, dim: int, order: int) -> Tensor:

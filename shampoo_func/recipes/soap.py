@@ -75,7 +75,8 @@ def soap(
             is the more stable with very large batches (arXiv 2607.20548).
         basis: By one "qr" step from the previous basis, or by "eigh".
         momentum: Where the first moment is kept: in the "rotated" basis, one rotation less per
-            step, or in the "original" one; the same numbers to rounding.
+            step, or in the "original" one: the same numbers to rounding, but that there it takes
+            in skipped gradients too.
         before_start: Adam in the "identity" basis before the first refresh, or "skip" those
             updates.
         block_size: Largest size of a block's dimension; None for whole matrices.

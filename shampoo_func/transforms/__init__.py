@@ -11,6 +11,7 @@ from shampoo_func.transforms.clipping import (
     global_norm,
 )
 from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
+from shampoo_func.transforms.failures import check_failures
 from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
 from shampoo_func.transforms.hyperparams import (
     WithHyperparams,
@@ -32,7 +33,10 @@ from shampoo_func.transforms.named import (
 )
 from shampoo_func.transforms.partition import Masked, Partition, masked, partition
 from shampoo_func.transforms.policies import (
+    Adaptive,
+    Every,
     Policy,
+    Probabilistic,
     adaptive,
     every,
     probabilistic,
@@ -55,11 +59,12 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
-from shampoo_func.transforms.staggered import staggered
+from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
     "Accumulate",
     "AccumulateState",
+    "Adaptive",
     "AddDecayedWeights",
     "ApplyIfFinite",
     "ApplyIfFiniteState",
@@ -70,16 +75,19 @@ __all__ = [
     "ClipByGlobalNorm",
     "Ema",
     "EmaState",
+    "Every",
     "Identity",
     "Masked",
     "Partition",
     "Policy",
     "Precondition",
     "PreconditionState",
+    "Probabilistic",
     "Scale",
     "ScaleByLearningRate",
     "ScaleBySchedule",
     "ScheduleState",
+    "Staggered",
     "Trace",
     "TraceState",
     "WithHyperparams",
@@ -90,6 +98,7 @@ __all__ = [
     "apply_if_finite",
     "blocked",
     "chain",
+    "check_failures",
     "clip",
     "clip_by_global_norm",
     "constant_schedule",
