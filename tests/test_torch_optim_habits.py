@@ -31,7 +31,6 @@ from shell_loops import (
     two_groups,
     two_params,
 )
-from test_readme import snippets
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -47,6 +46,7 @@ from shampoo_func.errors import (
     GradientError,
     OptimizerError,
     ParameterError,
+    RootFailureError,
 )
 
 Grads = dict[str, Tensor]
@@ -594,22 +594,19 @@ def test_eval_without_an_average() -> None:
     optimizer.step()
 
 
-def test_failures_are_looked_for_after_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is asked after every refresh, and only then, with the group's own tree."""
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(
-        sf.training, "check_failures", lambda *arguments: asked.append(arguments), raising=False
-    )
+def test_roots_that_keep_failing_raise() -> None:
+    """After a refresh, with parameter and block, once a root has failed too often in a row."""
     params = two_params()
-    optimizer = make_optimizer(params.items(), max_failures=7)
-    fixed_run(optimizer, params, random_grads(params, 9))
-    assert len(asked) == 2  # refresh_every=4
-    tx, state, own, limit = asked[0]
-    assert list(own) == ["a", "b"] and limit == 7
-    assert sf.parameter_state(tx, state, own, "b")["precondition"]
-    quiet = make_optimizer(params.items(), max_failures=None)
-    fixed_run(quiet, params, random_grads(params, 4))
-    assert len(asked) == 2
+    optimizer = make_optimizer(params.items(), max_failures=1)
+    grads = random_grads(params, 8)
+    for grad in grads:
+        grad["b"].fill_(torch.nan)
+    fixed_run(optimizer, params, grads[:7])  # refresh_every=4: one failure is tolerated
+    with pytest.raises(RootFailureError, match=r"'b', block of shape \(5, 3\).*latest 2 refreshes"):
+        fixed_run(optimizer, params, grads[7:])
+    patient = make_optimizer(two_params().items(), max_failures=None)
+    patient.load_state_dict(optimizer.state_dict())
+    patient.step()
 
 
 # --- clocks and compiling ---
@@ -718,16 +715,6 @@ def test_unnamed_parameters_are_numbered() -> None:
     params[2].grad = torch.ones(2).to_sparse()
     with pytest.raises(GradientError, match="gradient of '2' is a sparse"):
         optimizer.step()
-
-
-def test_the_page_runs() -> None:
-    """Every Python block of docs/torch_optim.md runs, in order."""
-    page = (Path(__file__).parent.parent / "docs" / "torch_optim.md").read_text()
-    blocks = snippets(page)
-    assert len(blocks) >= 5
-    namespace: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "torch_optim.md", "exec"), namespace)
 
 
 def test_the_example_resumes(tmp_path: Path) -> None:

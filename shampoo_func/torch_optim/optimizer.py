@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shampoo_func import tree
 from shampoo_func.errors import OptimizerError, ParameterError
-from shampoo_func.torch_optim import joins, saving
+from shampoo_func.torch_optim import saving
+from shampoo_func.torch_optim.averages import swapped_in
 from shampoo_func.torch_optim.member import Member, Params, named_params
 from shampoo_func.torch_optim.options import (
     Group,
@@ -23,6 +24,7 @@ from shampoo_func.torch_optim.options import (
     shown_rate,
 )
 from shampoo_func.torch_optim.step import Ready, compiled_step, gathered, updated
+from shampoo_func.transforms import check_failures
 from shampoo_func.types import Schedule
 
 __all__ = ["FunctionalOptimizer"]
@@ -209,25 +211,13 @@ class FunctionalOptimizer(torch.optim.Optimizer):
             return
         for member, own in zip(members, ready, strict=True):
             if own.refresh is not False:
-                joins.check_roots(member.tx, member.state, own.params, self._max_failures)
+                check_failures(member.tx, member.state, own.params, limit=self._max_failures)
 
     def eval(self) -> None:
         """Put the averaged parameters in place, if a stage averages; `train` puts them back."""
-        if self._trained is not None:
-            return
-        swaps: list[tuple[Params, Params]] = []
-        for index, member in enumerate(self._members):
-            params = self._params(index)
-            own = {name: params[name].detach() for name in (member.names if member else ())}
-            means = joins.averaged_params(member.tx, member.state, own) if member else own
-            changed = {name: means[name] for name in own if means[name] is not own[name]}
-            swaps.append((own, changed))
-        if not any(changed for _, changed in swaps):
-            return
-        self._trained = [{name: own[name].clone() for name in changed} for own, changed in swaps]
-        for own, changed in swaps:
-            for name, mean in changed.items():
-                own[name].copy_(mean)
+        if self._trained is None:
+            pairs = enumerate(self._members)
+            self._trained = swapped_in([(member, self._params(i)) for i, member in pairs])
 
     def train(self, mode: bool = True) -> None:
         """Put the parameters that are trained back, bit for bit; with `mode=False`, as `eval`."""
