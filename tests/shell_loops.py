@@ -84,12 +84,9 @@ def functional(
         for index, (make, names) in enumerate(groups):
             part = {name: params[name] for name in names}
             tx = make(step)
-            updates, states[index] = tx.update(
-                {name: grads[name] for name in names},
-                states[index],
-                part,
-                refresh=sf.refresh_due(tx, step + 1),
-            )
+            own_grads = {name: grads[name] for name in names}
+            due = {"refresh": sf.refresh_due(tx, step + 1)} if "refresh" in tx.extras else {}
+            updates, states[index] = tx.update(own_grads, states[index], part, **due)
             params = {**params, **sf.apply_updates(part, updates)}
         trajectory.append(params)
     return trajectory
