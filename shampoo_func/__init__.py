@@ -1,5 +1,9 @@
 """Shampoo and its family as pure functions on PyTorch."""
 
+from shampoo_func.checkpoint import (
+    from_state_dict,
+    to_state_dict,
+)
 from shampoo_func.errors import (
     ShampooFuncError,
 )
@@ -36,6 +40,10 @@ from shampoo_func.recipes import (
     sign_sgd,
     soap,
     spectral_descent,
+)
+from shampoo_func.torch_optim import (
+    ShampooOptimizer,
+    as_optimizer,
 )
 from shampoo_func.training import (
     apply_updates,
@@ -99,6 +107,7 @@ __all__ = [
     "PseudoInverse",
     "RefreshPolicy",
     "ShampooFuncError",
+    "ShampooOptimizer",
     "Transformation",
     "__version__",
     "accumulate",
@@ -108,6 +117,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_if_finite",
     "apply_updates",
+    "as_optimizer",
     "blocked",
     "chain",
     "check_failures",
@@ -122,6 +132,7 @@ __all__ = [
     "ema",
     "eval_params",
     "every",
+    "from_state_dict",
     "global_norm",
     "graft",
     "guarded",
@@ -167,6 +178,7 @@ __all__ = [
     "staggered",
     "svd_polar",
     "sweep",
+    "to_state_dict",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
