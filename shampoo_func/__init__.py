@@ -1,5 +1,13 @@
 """Shampoo and its family as pure functions on PyTorch."""
 
+from shampoo_func.codecs import (
+    Codec,
+    bfloat16_codec,
+    eight_bit,
+    four_bit_cholesky,
+    four_bit_eigen,
+    symmetric_packing,
+)
 from shampoo_func.errors import (
     ShampooFuncError,
 )
@@ -11,6 +19,7 @@ from shampoo_func.preconditioners import (
     graft,
     identity_preconditioner,
     kronecker,
+    quantized,
     second_moment,
 )
 from shampoo_func.recipes import (
@@ -68,6 +77,7 @@ from shampoo_func.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Codec",
     "Preconditioner",
     "PseudoInverse",
     "RefreshSchedule",
@@ -80,6 +90,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_if_finite",
     "apply_updates",
+    "bfloat16_codec",
     "blocked",
     "chain",
     "clip",
@@ -88,7 +99,10 @@ __all__ = [
     "cosine_decay_schedule",
     "donate",
     "eigh_root",
+    "eight_bit",
     "ema",
+    "four_bit_cholesky",
+    "four_bit_eigen",
     "global_norm",
     "graft",
     "identity",
@@ -101,6 +115,7 @@ __all__ = [
     "partition",
     "piecewise_constant_schedule",
     "precondition",
+    "quantized",
     "refresh_due",
     "rmsprop",
     "scale",
@@ -115,6 +130,7 @@ __all__ = [
     "shampoo",
     "stack_copies",
     "sweep",
+    "symmetric_packing",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",

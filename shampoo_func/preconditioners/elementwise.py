@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.errors import check_number
-from shampoo_func.types import EmptyState, Preconditioner, Scalar
+from shampoo_func.types import EmptyState, Preconditioner, Scalar, named_roles
 
 __all__ = [
     "IdentityPreconditioner",
@@ -68,6 +68,14 @@ class SecondMoment(Preconditioner):
         """Nothing is ever recomputed."""
         return False
 
+    def roles(self, state: SecondMomentState) -> SecondMomentState:
+        """Name the moment."""
+        return named_roles(state, {"second_moment": "second_moment"})
+
+    def reads(self, function: str) -> frozenset[str]:
+        """Only `accumulate` and `apply` read the moment."""
+        return frozenset({"second_moment"} if function in ("accumulate", "apply") else ())
+
     def block_shape(self, state: SecondMomentState) -> tuple[int, ...]:
         """Return the shape of the moment."""
         return tuple(state.second_moment.shape)
@@ -89,6 +97,10 @@ class IdentityPreconditioner(Preconditioner):
     def init(self, block: Tensor) -> EmptyState:
         """Return the empty state."""
         return EmptyState()
+
+    def reads(self, function: str) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
     def accumulate(self, state: EmptyState, grads: Tensor) -> EmptyState:
         """Return the empty state."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.errors import HyperparameterError
-from shampoo_func.types import Preconditioner
+from shampoo_func.types import Preconditioner, named_roles
 
 __all__ = ["Graft", "GraftState", "graft"]
 
@@ -61,6 +61,18 @@ class Graft(Preconditioner):
         grafted = linalg.scaled(direction, ratio)
         started = state.started.reshape(state.started.shape + (1,) * (updates.ndim - batch))
         return torch.where(started, grafted, magnitude)
+
+    def roles(self, state: GraftState) -> GraftState:
+        """Name what the two have named."""
+        return named_roles(state, {})._replace(
+            direction=self.direction.roles(state.direction),
+            magnitude=self.magnitude.roles(state.magnitude),
+        )
+
+    def reads(self, function: str) -> frozenset[str] | None:
+        """Return what either of the two reads."""
+        direction, magnitude = self.direction.reads(function), self.magnitude.reads(function)
+        return None if direction is None or magnitude is None else direction | magnitude
 
     def block_shape(self, state: GraftState) -> tuple[int | None, ...] | None:
         """Return the shape that either of the two knows."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.errors import HyperparameterError, check_count, check_dtype, check_number
-from shampoo_func.types import Preconditioner, Scalar
+from shampoo_func.types import Preconditioner, Scalar, named_roles
 
 __all__ = ["Kronecker", "KroneckerState", "kronecker"]
 
@@ -81,7 +81,8 @@ class Kronecker(Preconditioner):
         for dim in self._preconditioned(state):
             factor = self._corrected(state.factors[dim], state.step)
             size = factor.shape[-1]
-            root = self.root(factor, self._exponent(order, dim, size), roots[dim])
+            solver = linalg.guarded(self.root)
+            root = solver(factor, self._exponent(order, dim, size), roots[dim])
             roots[dim] = root.value
             failed = failed | ~root.ok
         return state._replace(roots=tuple(roots), failures=state.failures + failed)
@@ -99,6 +100,15 @@ class Kronecker(Preconditioner):
         """Return the sizes of the factors; None for a dimension that has none."""
         sizes = (factor.shape[-1] or None for factor in state.factors)
         return (*state.step.shape, *sizes)
+
+    def roles(self, state: KroneckerState) -> KroneckerState:
+        """Name the factors and the roots."""
+        return named_roles(state, {"factors": "factor", "roots": "root"})
+
+    def reads(self, function: str) -> frozenset[str]:
+        """Statistics need no roots, and the direction no statistics."""
+        read = {"accumulate": {"factor"}, "refresh": {"factor", "root"}, "apply": {"root"}}
+        return frozenset(read.get(function, ()))
 
     @property
     def _sums(self) -> bool:
