@@ -98,12 +98,12 @@ class EightBit(Codec):
         off = torch.where(eye, 0.0, value / unit.unsqueeze(-1) / unit.unsqueeze(-2))
         numbers = pack(off)
         scale = scale_of(numbers, self.block).to(dtype)
-        byte = _signed(numbers / self._divisor(scale, numbers.shape[-1]))
+        byte = _linear(numbers / self._divisor(scale, numbers.shape[-1]))
         return TriangleCode(byte, scale, diagonal.to(dtype).clone())
 
     def _decode_symmetric(self, code: TriangleCode) -> Tensor:
         scale = spread(code.scale, code.byte.shape[-1], self.block)
-        off = unpack(_from_signed(code.byte, scale.dtype) * scale)
+        off = unpack(code.byte.to(scale.dtype) / 127 * scale)
         diagonal = code.diagonal.to(scale.dtype)
         unit = _unit(diagonal)
         eye = torch.eye(off.shape[-1], dtype=torch.bool, device=off.device)
@@ -118,6 +118,11 @@ class EightBit(Codec):
 def _unit(diagonal: Tensor) -> Tensor:
     """Return the roots of a diagonal, 1 where it is 0: a matrix divided by them is even."""
     return torch.where(diagonal == 0, 1.0, diagonal.abs().sqrt())
+
+
+def _linear(relative: Tensor) -> Tensor:
+    """Return codes of numbers in [-1, 1], evenly spaced: best for a matrix's correlations."""
+    return (relative.clamp(-1.0, 1.0) * 127).round().nan_to_num().to(torch.int8)
 
 
 def _signed(relative: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ def eight_bit(block: int = 256, *, form: Form | None = None) -> EightBit:
 
         signed      s sign(c) (c / 127)^2
         unsigned    s (c / 255)^4
-        symmetric   A_ij = sqrt(A_ii A_jj) s sign(c) (c / 127)^2,  A_ii exact
+        symmetric   A_ij = sqrt(A_ii A_jj) s c / 127,  A_ii exact
 
     Powers give small numbers more codes. An error of `signed` is at most s / 127; one of
     `unsigned` at most 2 % for numbers above s / 16 and 8 % above s / 4000, and no number but 0

@@ -53,7 +53,9 @@ class FourBitEigen(Codec):
         wide = value.to(linalg.compute_dtype(value.dtype))
         matrix = torch.where(finite, wide, 0.0)  # LAPACK refuses what is not finite
         if previous is None or self.basis == "eigh":
-            vectors = torch.linalg.eigh(matrix).eigenvectors
+            # in float32 LAPACK fails on some matrices with many zeros
+            exact = torch.promote_types(matrix.dtype, linalg.scalar_dtype(matrix.device))
+            vectors = torch.linalg.eigh(matrix.to(exact)).eigenvectors.to(matrix.dtype)
         else:
             vectors = torch.linalg.qr(matrix @ self._vectors(previous)).Q
         values = (vectors * (matrix @ vectors)).sum(-2)
