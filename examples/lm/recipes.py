@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 import shampoo_func as sf
 
 __all__ = ["RECIPES", "STORAGES", "Recipe", "build", "recipe_names"]
@@ -27,13 +25,13 @@ STORAGES: dict[str, Any] = {
     "full": None,
     "packed": sf.symmetric_packing(),
     "8bit": {
-        "factor": sf.symmetric_packing(torch.bfloat16),
+        "factor": sf.symmetric_packing(),
         "root": sf.eight_bit(),
         "second_moment": sf.eight_bit(),
     },
     "4bit": {
-        "factor": sf.four_bit_cholesky(),
-        "root": sf.four_bit_cholesky(),
+        "factor": sf.four_bit_eigen(),
+        "root": sf.four_bit_eigen(basis="eigh"),
         "second_moment": sf.eight_bit(),
     },
 }
