@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.errors import HyperparameterError
-from shampoo_func.types import Preconditioner, named_roles
+from shampoo_func.types import Preconditioner
 
 __all__ = ["Graft", "GraftState", "graft"]
 
@@ -52,6 +52,13 @@ class Graft(Preconditioner):
             torch.ones_like(state.started),
         )
 
+    def correct(self, state: GraftState, grads: Tensor) -> GraftState:
+        """Take the gradient into both, after the refresh."""
+        return state._replace(
+            direction=self.direction.correct(state.direction, grads),
+            magnitude=self.magnitude.correct(state.magnitude, grads),
+        )
+
     def apply(self, state: GraftState, updates: Tensor) -> Tensor:
         """Rescale the direction, block by block, to the norm of the grafted method's update."""
         batch = state.started.ndim
@@ -59,15 +66,7 @@ class Graft(Preconditioner):
         direction = self.direction.apply(state.direction, updates)
         ratio = _norm(magnitude, batch) / (_norm(direction, batch) + _TINY)
         grafted = linalg.scaled(direction, ratio)
-        started = state.started.reshape(state.started.shape + (1,) * (updates.ndim - batch))
-        return torch.where(started, grafted, magnitude)
-
-    def roles(self, state: GraftState) -> GraftState:
-        """Name what the two have named."""
-        return named_roles(state, {})._replace(
-            direction=self.direction.roles(state.direction),
-            magnitude=self.magnitude.roles(state.magnitude),
-        )
+        return linalg.choose(state.started, grafted, magnitude)
 
     def reads(self, function: str) -> frozenset[str] | None:
         """Return what either of the two reads."""
@@ -78,6 +77,22 @@ class Graft(Preconditioner):
         """Return the shape that either of the two knows."""
         shape = self.magnitude.block_shape(state.magnitude)
         return self.direction.block_shape(state.direction) if shape is None else shape
+
+    def roles(self, state: GraftState) -> GraftState:
+        """Return what every leaf is."""
+        return GraftState(
+            self.direction.roles(state.direction),
+            self.magnitude.roles(state.magnitude),
+            "other",  # type: ignore[arg-type]
+        )
+
+    def with_tolerance(self, tolerance: float) -> Graft | None:
+        """Return the same graft with the tolerance in whatever keeps a basis."""
+        direction = self.direction.with_tolerance(tolerance)
+        magnitude = self.magnitude.with_tolerance(tolerance)
+        if direction is None and magnitude is None:
+            return None
+        return Graft(direction or self.direction, magnitude or self.magnitude)
 
 
 def _norm(blocks: Tensor, batch: int) -> Tensor:
