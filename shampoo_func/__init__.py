@@ -3,6 +3,13 @@
 from shampoo_func.checkpoint import (
     from_state_dict,
     to_state_dict,
+from shampoo_func.codecs import (
+    Codec,
+    bfloat16_codec,
+    eight_bit,
+    four_bit_cholesky,
+    four_bit_eigen,
+    symmetric_packing,
 )
 from shampoo_func.errors import (
     ShampooFuncError,
@@ -24,6 +31,7 @@ from shampoo_func.preconditioners import (
     in_eigenbasis,
     kronecker,
     polar,
+    quantized,
     scalar_second_moment,
     second_moment,
     sign_preconditioner,
@@ -103,6 +111,7 @@ from shampoo_func.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Codec",
     "Preconditioner",
     "PseudoInverse",
     "RefreshPolicy",
@@ -118,6 +127,7 @@ __all__ = [
     "apply_if_finite",
     "apply_updates",
     "as_optimizer",
+    "bfloat16_codec",
     "blocked",
     "chain",
     "check_failures",
@@ -129,10 +139,13 @@ __all__ = [
     "eigendecomposed",
     "eigh_basis",
     "eigh_root",
+    "eight_bit",
     "ema",
     "eval_params",
     "every",
     "from_state_dict",
+    "four_bit_cholesky",
+    "four_bit_eigen",
     "global_norm",
     "graft",
     "guarded",
@@ -156,6 +169,7 @@ __all__ = [
     "primal_averaging",
     "probabilistic",
     "qr_basis",
+    "quantized",
     "refresh_due",
     "rmsprop",
     "scalar_second_moment",
@@ -179,6 +193,7 @@ __all__ = [
     "svd_polar",
     "sweep",
     "to_state_dict",
+    "symmetric_packing",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",

@@ -20,6 +20,7 @@ from shampoo_func.preconditioners.elementwise import (
 from shampoo_func.preconditioners.graft import Graft, GraftState, graft
 from shampoo_func.preconditioners.kronecker import Kronecker, KroneckerState, kronecker
 from shampoo_func.preconditioners.polar import Polar, PolarScale, PolarState, polar
+from shampoo_func.preconditioners.quantized import Encoded, Quantized, quantized
 from shampoo_func.preconditioners.scalar import (
     ScalarSecondMoment,
     ScalarSecondMomentState,
@@ -30,6 +31,7 @@ from shampoo_func.preconditioners.sign import Sign, SignScale, SignState, sign_p
 __all__ = [
     "Eigendecomposed",
     "EigendecomposedState",
+    "Encoded",
     "Graft",
     "GraftState",
     "IdentityPreconditioner",
@@ -40,6 +42,7 @@ __all__ = [
     "Polar",
     "PolarScale",
     "PolarState",
+    "Quantized",
     "ScalarSecondMoment",
     "ScalarSecondMomentState",
     "SecondMoment",
@@ -53,6 +56,7 @@ __all__ = [
     "in_eigenbasis",
     "kronecker",
     "polar",
+    "quantized",
     "scalar_second_moment",
     "second_moment",
     "sign_preconditioner",
