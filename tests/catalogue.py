@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +51,14 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def makes_a_stage(value: Any) -> bool:
+    """Whether a function is annotated to return a transformation."""
+    if not inspect.isfunction(value):
+        return False
+    returned = typing.get_type_hints(value)["return"]
+    return isinstance(returned, type) and issubclass(returned, sf.Transformation)
 
 
 def schedule() -> object:

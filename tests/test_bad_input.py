@@ -118,6 +118,8 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
             "scale": False,
         },
     ),
+    "kl_shampoo": lambda: sf.kl_shampoo(0.1, block_size=2),
+    "kl_soap": lambda: sf.kl_soap(0.1, block_size=2),
     "muon": lambda: sf.muon(0.1),
     "partition": lambda: sf.partition({"matrix": sf.trace(0.9), "rest": sf.identity()}, label),
     "partition by regex": lambda: sf.partition(
@@ -140,6 +142,7 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "scale_by_shampoo": lambda: sf.scale_by_shampoo(block_size=2, refresh_every=1),
     "schedule_free": lambda: sf.schedule_free(0.1, weight_decay=0.1),
     "sgd": lambda: sf.sgd(0.1, momentum=0.9),
+    "soap": lambda: sf.soap(0.1, block_size=2),
     "shampoo": lambda: sf.shampoo(0.1, weight_decay=0.1, momentum=0.9, block_size=2),
     "shampoo plain": lambda: sf.shampoo(
         0.1, beta1=0.0, grafting=None, refresh_every=1, merge_dims=False
@@ -184,16 +187,8 @@ every_unusable_leaf = pytest.mark.parametrize("leaf", UNUSABLE_LEAVES)
 def test_table_names_every_public_transformation() -> None:
     """The table above forgets none: every public constructor of a transformation is in it."""
     made = {word for name in TRANSFORMATIONS for word in name.split()}
-    constructors = {
-        name
-        for name in sf.__all__
-        if (returns := getattr(getattr(sf, name), "__annotations__", {}).get("return"))
-        and (
-            returns == "Transformation"
-            or hasattr(sf.transforms, str(returns))
-            or "Sweep" in returns
-        )
-    } - {"precondition"}
+    constructors = {name for name in sf.__all__ if makes_a_stage(getattr(sf, name))}
+    constructors -= {"precondition"}
     assert constructors <= made
 
 
@@ -302,6 +297,7 @@ NEED_PARAMS: dict[str, Callable[[], sf.Transformation]] = {
     "sgd": lambda: sf.sgd(0.1, weight_decay=0.1),
     "adagrad": lambda: sf.adagrad(0.1, weight_decay=0.1),
     "rmsprop": lambda: sf.rmsprop(0.1, weight_decay=0.1),
+    "soap": lambda: sf.soap(0.1, block_size=2),
     "shampoo": lambda: sf.shampoo(0.1, weight_decay=0.1),
     "shampoo l2": lambda: sf.shampoo(0.1, weight_decay=0.1, weight_decay_kind="l2"),
 }
