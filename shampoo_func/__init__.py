@@ -1,8 +1,6 @@
 """Shampoo and its family as pure functions on PyTorch."""
 
-from shampoo_func.checkpoint import (
-    from_state_dict,
-    to_state_dict,
+from shampoo_func.checkpoint import from_state_dict, to_state_dict
 from shampoo_func.codecs import (
     Codec,
     bfloat16_codec,
@@ -11,9 +9,7 @@ from shampoo_func.codecs import (
     four_bit_eigen,
     symmetric_packing,
 )
-from shampoo_func.errors import (
-    ShampooFuncError,
-)
+from shampoo_func.errors import ShampooFuncError
 from shampoo_func.linalg import (
     PseudoInverse,
     eigh_basis,
@@ -49,17 +45,8 @@ from shampoo_func.recipes import (
     soap,
     spectral_descent,
 )
-from shampoo_func.torch_optim import (
-    ShampooOptimizer,
-    as_optimizer,
-)
-from shampoo_func.training import (
-    apply_updates,
-    donate,
-    refresh_due,
-    stack_copies,
-    sweep,
-)
+from shampoo_func.torch_optim import ShampooOptimizer, as_optimizer
+from shampoo_func.training import apply_updates, donate, refresh_due, stack_copies, sweep
 from shampoo_func.transforms import (
     accumulate,
     adaptive,
@@ -102,11 +89,7 @@ from shampoo_func.transforms import (
     weight_lawa,
     with_hyperparams,
 )
-from shampoo_func.types import (
-    Preconditioner,
-    RefreshPolicy,
-    Transformation,
-)
+from shampoo_func.types import Preconditioner, RefreshPolicy, Transformation
 
 __version__ = "0.1.0"
 
@@ -143,9 +126,9 @@ __all__ = [
     "ema",
     "eval_params",
     "every",
-    "from_state_dict",
     "four_bit_cholesky",
     "four_bit_eigen",
+    "from_state_dict",
     "global_norm",
     "graft",
     "guarded",
@@ -192,8 +175,8 @@ __all__ = [
     "staggered",
     "svd_polar",
     "sweep",
-    "to_state_dict",
     "symmetric_packing",
+    "to_state_dict",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",

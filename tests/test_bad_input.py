@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import optree
 import pytest
 import torch
+from catalogue import makes_a_stage
 from torch import Tensor
 
 import shampoo_func as sf
@@ -420,6 +421,7 @@ HYPERPARAMETERS = [
     *numbers(sf.ema, "lookahead", -0.1, 1.0, 1.5, decay=0.9, like=ONLY_NAN_AND_TEXT),
     *numbers(sf.kronecker, "beta2", -0.1, 1.5),
     *counts(sf.kronecker, "max_dim"),
+    *numbers(sf.kronecker, "sides", "both", like=()),
     *numbers(sf.kronecker, "trace_scaling", -0.5, 0.0, 1.5, like=ONLY_NAN_AND_TEXT),
     *numbers(sf.kronecker, "factor_dtype", torch.int32, torch.complex64, like=()),
     *numbers(sf.kronecker, "root_dtype", torch.int32, torch.complex64, like=()),
@@ -442,7 +444,38 @@ HYPERPARAMETERS = [
     *counts(sf.precondition, "refresh_every", preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", like=NO_COUNTS, preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", 4, like=(), preconditioner=sf.kronecker(), refresh_every=5),
+    *numbers(sf.precondition, "policy", 10, like=(), preconditioner=sf.eigendecomposed()),
+    *numbers(sf.precondition, "statistics", "never", like=(), preconditioner=sf.kronecker()),
     *numbers(sf.every, "period", like=NO_COUNTS, start=1),
+    *numbers(sf.every, "start", like=NO_COUNTS, period=1),
+    *numbers(sf.adaptive, "tolerance", -0.1, 1.5, like=ONLY_NAN_AND_TEXT),
+    *counts(sf.adaptive, "period", tolerance=0.1),
+    *numbers(sf.probabilistic, "probability", -0.1, 1.5),
+    *numbers(sf.probabilistic, "seed", -1, 0.5, probability=0.1, like=()),
+    *counts(sf.staggered, "period"),
+    *numbers(sf.staggered, "start", like=NO_COUNTS, period=2),
+    *numbers(sf.eigh_basis, "tolerance", -0.1, 1.5, like=ONLY_NAN_AND_TEXT),
+    *numbers(sf.eigh_basis, "damping", 0.1, like=()),
+    *counts(sf.qr_basis, "iterations"),
+    *numbers(sf.qr_basis, "sort", "sometimes", like=()),
+    *numbers(sf.guarded, "max_residual", -0.1, solver=sf.eigh_root(), like=ONLY_NAN_AND_TEXT),
+    *numbers(sf.guarded, "solver", 0.5, sf.eigh_basis(), like=()),
+    *numbers(sf.eigendecomposed, "beta2", -0.1, 1.5),
+    *numbers(sf.eigendecomposed, "basis", 0.5, sf.eigh_root(), like=()),
+    *numbers(sf.eigendecomposed, "eigenvalues", "always", like=()),
+    *numbers(sf.eigendecomposed, "beta2", 1.0, eigenvalues="ema", like=()),
+    *numbers(sf.eigendecomposed, "product_dtype", torch.bfloat16, torch.int32, like=()),
+    *numbers(sf.in_eigenbasis, "inner", 0.5, sf.eigh_basis(), like=()),
+    *numbers(
+        sf.in_eigenbasis, "momentum", -0.1, 1.0, inner=sf.second_moment(), like=ONLY_NAN_AND_TEXT
+    ),
+    *numbers(sf.in_eigenbasis, "carry", "drop", inner=sf.second_moment(), like=()),
+    *numbers(sf.in_eigenbasis, "ignore", {0: [0]}, {2: [2]}, inner=sf.second_moment(), like=()),
+    *numbers(sf.kl_shampoo, "beta2", -0.1, 1.0),
+    *numbers(sf.kl_soap, "form", "both", like=()),
+    *numbers(sf.soap, "beta1", -0.1, 1.0),
+    *numbers(sf.soap, "basis", "svd", like=()),
+    *numbers(sf.soap, "momentum", "nowhere", like=()),
     *numbers(sf.rmsprop, "learning_rate", -0.1),
     *numbers(sf.rmsprop, "beta2", -0.1, 1.0, 1.5, learning_rate=0.1),
     *numbers(sf.rmsprop, "epsilon", -1e-8, learning_rate=0.1),

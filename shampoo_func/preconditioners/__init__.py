@@ -1,10 +1,6 @@
 """The four-function protocol's members and combinators. Stacks and linalg, nothing else."""
 
-from shampoo_func.preconditioners.eigenbasis import (
-    InEigenbasis,
-    InEigenbasisState,
-    in_eigenbasis,
-)
+from shampoo_func.preconditioners.eigenbasis import InEigenbasis, InEigenbasisState, in_eigenbasis
 from shampoo_func.preconditioners.eigendecomposed import (
     Eigendecomposed,
     EigendecomposedState,
