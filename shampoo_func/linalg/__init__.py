@@ -1,5 +1,6 @@
 """Batched matrix functions on plain tensors. No state, no trees."""
 
+from shampoo_func.linalg.decompose import Eigh, eigh
 from shampoo_func.linalg.layout import with_layout_of
 from shampoo_func.linalg.modes import gram, multiply
 from shampoo_func.linalg.roots import EighRoot, PseudoInverse, eigh_root
