@@ -184,12 +184,12 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 def _spread(stack: Tensor, values: Tensor, transposed: Tensor, residual: Tensor) -> None:
     """Decompose `[batch, n, n]` piece by piece, on several cores where that pays."""
     batch, size = stack.shape[:2]
-    if stack.device.type != "cpu":
-        _write(stack, values, transposed, residual)
-        return
     threads = torch.get_num_threads()
     spread = min(threads, batch) > 1 and batch * size**3 >= _WORTH_A_THREAD
     piece = max(1, min(_PIECE // size**2, -(-batch // threads) if spread else batch))
+    if stack.device.type != "cpu" or piece >= batch:
+        _write(stack, values, transposed, residual)
+        return
     pieces = zip(*(t.split(piece) for t in (stack, values, transposed, residual)), strict=True)
     if spread:
         list(_pool(threads).map(lambda tensors: _write(*tensors), pieces))

@@ -178,6 +178,4 @@ def eigh_root(
         )
     check_dtype("compute_dtype", compute_dtype)
     check_choice("retry_double", retry_double, (True, False))
-    return EighRoot(
-        epsilon, relative_epsilon, perturb, pseudo_inverse, compute_dtype, retry_double
-    )
+    return EighRoot(epsilon, relative_epsilon, perturb, pseudo_inverse, compute_dtype, retry_double)
