@@ -17,6 +17,7 @@ __all__ = [
     "ParameterError",
     "PartitionError",
     "RefreshError",
+    "RootFailureError",
     "ShampooFuncError",
     "TreeMismatchError",
     "UnknownArgumentError",
@@ -70,6 +71,10 @@ class PartitionError(ShampooFuncError, ValueError):
 
 class RefreshError(ShampooFuncError, ValueError):
     """A refresh clock was asked for where there is not exactly one answer."""
+
+
+class RootFailureError(ShampooFuncError, RuntimeError):
+    """Roots or bases of a block could not be computed in too many refreshes in a row."""
 
 
 class DonationError(ShampooFuncError, RuntimeError):

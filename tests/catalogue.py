@@ -144,6 +144,21 @@ CASES = [
     Case("sgd", "sgd", lambda: sf.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
     Case("adagrad", "adagrad", lambda: sf.adagrad(0.1)),
     Case("rmsprop", "rmsprop", lambda: sf.rmsprop(0.1, momentum=0.5)),
+    Case(
+        "muon",
+        "muon",
+        lambda: sf.muon(0.1, method=sf.polar_express(3), scale="match_rms_adamw"),
+    ),
+    Case(
+        "spectral_descent",
+        "spectral_descent",
+        lambda: sf.spectral_descent(0.1, scale="nuclear", weight_decay=0.1, block_size=4),
+    ),
+    Case(
+        "sign_sgd",
+        "sign_sgd",
+        lambda: sf.sign_sgd(0.1, momentum=0.9, nesterov=True, scale="mean_abs"),
+    ),
     Case("shampoo", "shampoo", lambda: small_shampoo(weight_decay=0.1, momentum=0.5)),
     Case(
         "shampoo_options",
@@ -157,5 +172,47 @@ CASES = [
             trace_scaling=0.5,
             start=3,
         ),
+    ),
+    Case(
+        "staggered",
+        "precondition",
+        lambda: sf.blocked(
+            sf.precondition(
+                sf.graft(
+                    direction=sf.kronecker(0.9, root=sf.eigh_root(1e-3), kl=True),
+                    magnitude=sf.second_moment(0.9),
+                ),
+                policy=sf.staggered(2),
+            ),
+            block_size=3,
+        ),
+    ),
+    Case(
+        "adaptive",
+        "precondition",
+        lambda: sf.precondition(
+            sf.eigendecomposed(0.9, basis=sf.eigh_basis(1e-3), eigenvalues="every_step"),
+            filter=sf.ema(0.5),
+            policy=sf.adaptive(0.1, period=2),
+        ),
+    ),
+    Case("soap", "soap", lambda: sf.soap(0.1, beta2=0.9, block_size=3, refresh_every=2)),
+    Case(
+        "kl_soap",
+        "kl_soap",
+        lambda: sf.kl_soap(
+            0.1,
+            basis="eigh",
+            momentum="original",
+            statistics="before",
+            before_start="identity",
+            block_size=3,
+            policy=sf.probabilistic(0.5, start=3),
+        ),
+    ),
+    Case(
+        "kl_shampoo",
+        "kl_shampoo",
+        lambda: sf.kl_shampoo(0.1, epsilon=1e-3, block_size=3, refresh_every=2),
     ),
 ]

@@ -118,6 +118,7 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
             "scale": False,
         },
     ),
+    "muon": lambda: sf.muon(0.1),
     "partition": lambda: sf.partition({"matrix": sf.trace(0.9), "rest": sf.identity()}, label),
     "partition by regex": lambda: sf.partition(
         {"weights": sf.trace(0.9), "rest": sf.identity()}, [("weight$", "weights"), (".", "rest")]
@@ -125,6 +126,7 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "precondition graft": lambda: sf.precondition(graft()),
     "precondition identity": lambda: sf.precondition(sf.identity_preconditioner()),
     "precondition kronecker": lambda: sf.precondition(sf.kronecker()),
+    "precondition scalar second moment": lambda: sf.precondition(sf.scalar_second_moment()),
     "precondition second moment": lambda: sf.precondition(sf.second_moment()),
     "rmsprop": lambda: sf.rmsprop(0.1),
     "scale": lambda: sf.scale(2.0),
@@ -140,6 +142,8 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "shampoo plain": lambda: sf.shampoo(
         0.1, beta1=0.0, grafting=None, refresh_every=1, merge_dims=False
     ),
+    "sign_sgd": lambda: sf.sign_sgd(0.1, momentum=0.9, scale="mean_abs"),
+    "spectral_descent": lambda: sf.spectral_descent(0.1, block_size=2),
     "sweep": lambda: sf.sweep(sf.trace, decay=torch.tensor([0.5, 0.9])),
     "trace": lambda: sf.trace(0.9),
     "with_hyperparams": lambda: sf.with_hyperparams(sf.trace, decay=0.9),
@@ -438,7 +442,7 @@ HYPERPARAMETERS = [
     *counts(sf.precondition, "refresh_every", preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", like=NO_COUNTS, preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", 4, like=(), preconditioner=sf.kronecker(), refresh_every=5),
-    *numbers(sf.RefreshSchedule, "period", like=NO_COUNTS, start=1),
+    *numbers(sf.every, "period", like=NO_COUNTS, start=1),
     *numbers(sf.rmsprop, "learning_rate", -0.1),
     *numbers(sf.rmsprop, "beta2", -0.1, 1.0, 1.5, learning_rate=0.1),
     *numbers(sf.rmsprop, "epsilon", -1e-8, learning_rate=0.1),

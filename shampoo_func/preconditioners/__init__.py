@@ -1,5 +1,15 @@
 """The four-function protocol's members and combinators. Stacks and linalg, nothing else."""
 
+from shampoo_func.preconditioners.eigenbasis import (
+    InEigenbasis,
+    InEigenbasisState,
+    in_eigenbasis,
+)
+from shampoo_func.preconditioners.eigendecomposed import (
+    Eigendecomposed,
+    EigendecomposedState,
+    eigendecomposed,
+)
 from shampoo_func.preconditioners.elementwise import (
     IdentityPreconditioner,
     SecondMoment,
@@ -9,17 +19,41 @@ from shampoo_func.preconditioners.elementwise import (
 )
 from shampoo_func.preconditioners.graft import Graft, GraftState, graft
 from shampoo_func.preconditioners.kronecker import Kronecker, KroneckerState, kronecker
+from shampoo_func.preconditioners.polar import Polar, PolarScale, PolarState, polar
+from shampoo_func.preconditioners.scalar import (
+    ScalarSecondMoment,
+    ScalarSecondMomentState,
+    scalar_second_moment,
+)
+from shampoo_func.preconditioners.sign import Sign, SignScale, SignState, sign_preconditioner
 
 __all__ = [
+    "Eigendecomposed",
+    "EigendecomposedState",
     "Graft",
     "GraftState",
     "IdentityPreconditioner",
+    "InEigenbasis",
+    "InEigenbasisState",
     "Kronecker",
     "KroneckerState",
+    "Polar",
+    "PolarScale",
+    "PolarState",
+    "ScalarSecondMoment",
+    "ScalarSecondMomentState",
     "SecondMoment",
     "SecondMomentState",
+    "Sign",
+    "SignScale",
+    "SignState",
+    "eigendecomposed",
     "graft",
     "identity_preconditioner",
+    "in_eigenbasis",
     "kronecker",
+    "polar",
+    "scalar_second_moment",
     "second_moment",
+    "sign_preconditioner",
 ]

@@ -20,6 +20,7 @@ from shampoo_func.preconditioners import (
 from shampoo_func.recipes.parts import is_zero, unless_zero
 from shampoo_func.transforms import (
     Chain,
+    Policy,
     add_decayed_weights,
     blocked,
     chain,
@@ -60,7 +61,9 @@ def shampoo(
     exponents: Mapping[int, float | Mapping[int, float]] | None = None,
     max_dim: int | None = None,
     trace_scaling: float | None = None,
-    root: linalg.EighRoot | None = None,
+    root: linalg.RootSolver | linalg.Guarded | None = None,
+    kl: bool = False,
+    policy: Policy | None = None,
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
 ) -> Chain:
@@ -102,6 +105,10 @@ def shampoo(
         max_dim: Dimensions of blocks larger than this are left alone.
         trace_scaling: See `kronecker`.
         root: Inverse root solver; `eigh_root(epsilon)` if not given. Excludes `epsilon`.
+        kl: Whether the factors are those of KL-Shampoo, as Distributed Shampoo takes them, see
+            `kronecker`; for the paper's form see `kl_shampoo`.
+        policy: Another refresh policy, `staggered(10)` for instance, in the place of
+            `refresh_every` and `start`.
         factor_dtype: dtype of the factors.
         root_dtype: dtype of the roots.
 
@@ -127,6 +134,7 @@ def shampoo(
     direction: Preconditioner = kronecker(
         beta2,
         root=linalg.eigh_root(epsilon) if root is None else root,
+        kl=kl,
         bias_correction=bias_correction,
         exponents=exponents,
         max_dim=max_dim,
@@ -140,8 +148,9 @@ def shampoo(
         precondition(
             direction if magnitude is None else graft(direction=direction, magnitude=magnitude),
             filter=identity() if is_zero(beta1) else averaged,
-            refresh_every=refresh_every,
+            refresh_every=refresh_every if policy is None else 1,
             start=start,
+            policy=policy,
         ),
         block_size=block_size,
         merge_dims=merge_dims,

@@ -11,6 +11,7 @@ from shampoo_func.transforms.clipping import (
     global_norm,
 )
 from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
+from shampoo_func.transforms.failures import check_failures
 from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
 from shampoo_func.transforms.hyperparams import (
     WithHyperparams,
@@ -31,6 +32,15 @@ from shampoo_func.transforms.named import (
     scale_by_shampoo,
 )
 from shampoo_func.transforms.partition import Masked, Partition, masked, partition
+from shampoo_func.transforms.policies import (
+    Adaptive,
+    Every,
+    Policy,
+    Probabilistic,
+    adaptive,
+    every,
+    probabilistic,
+)
 from shampoo_func.transforms.precondition import Precondition, PreconditionState, precondition
 from shampoo_func.transforms.scaling import (
     Identity,
@@ -49,10 +59,12 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
+from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
     "Accumulate",
     "AccumulateState",
+    "Adaptive",
     "AddDecayedWeights",
     "ApplyIfFinite",
     "ApplyIfFiniteState",
@@ -63,29 +75,36 @@ __all__ = [
     "ClipByGlobalNorm",
     "Ema",
     "EmaState",
+    "Every",
     "Identity",
     "Masked",
     "Partition",
+    "Policy",
     "Precondition",
     "PreconditionState",
+    "Probabilistic",
     "Scale",
     "ScaleByLearningRate",
     "ScaleBySchedule",
     "ScheduleState",
+    "Staggered",
     "Trace",
     "TraceState",
     "WithHyperparams",
     "WithHyperparamsState",
     "accumulate",
+    "adaptive",
     "add_decayed_weights",
     "apply_if_finite",
     "blocked",
     "chain",
+    "check_failures",
     "clip",
     "clip_by_global_norm",
     "constant_schedule",
     "cosine_decay_schedule",
     "ema",
+    "every",
     "global_norm",
     "identity",
     "join_schedules",
@@ -95,6 +114,7 @@ __all__ = [
     "partition",
     "piecewise_constant_schedule",
     "precondition",
+    "probabilistic",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
@@ -102,6 +122,7 @@ __all__ = [
     "scale_by_rss",
     "scale_by_schedule",
     "scale_by_shampoo",
+    "staggered",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
