@@ -1,8 +1,30 @@
 """Batched matrix functions on plain tensors. No state, no trees."""
 
+from shampoo_func.linalg.bases import (
+    Basis,
+    BasisSolver,
+    EighBasis,
+    QrBasis,
+    eigh_basis,
+    off_diagonal,
+    qr_basis,
+)
+from shampoo_func.linalg.control import choose, compute_where
 from shampoo_func.linalg.decompose import Eigh, eigh
+from shampoo_func.linalg.diagonal import diagonal, with_diagonal
+from shampoo_func.linalg.eigenpairs import eigenpairs
 from shampoo_func.linalg.layout import with_layout_of
-from shampoo_func.linalg.modes import gram, multiply
+from shampoo_func.linalg.modes import gram, mode_norms, multiply
+from shampoo_func.linalg.polar import (
+    NewtonSchulzPolar,
+    PolarMethod,
+    SvdPolar,
+    newton_schulz_polar,
+    normalized,
+    polar_express,
+    svd_polar,
+)
+from shampoo_func.linalg.polar_coefficients import polar_express_coefficients
 from shampoo_func.linalg.roots import (
     AutoRoot,
     ChebyshevRoot,
@@ -22,31 +44,6 @@ from shampoo_func.linalg.roots import (
     newton_root,
     newton_schulz_root,
 )
-from shampoo_func.linalg.bases import (
-    Basis,
-    BasisSolver,
-    EighBasis,
-    QrBasis,
-    eigh_basis,
-    off_diagonal,
-    qr_basis,
-)
-from shampoo_func.linalg.control import choose, compute_where
-from shampoo_func.linalg.diagonal import diagonal, with_diagonal
-from shampoo_func.linalg.eigenpairs import eigenpairs
-from shampoo_func.linalg.layout import with_layout_of
-from shampoo_func.linalg.modes import gram, mode_norms, multiply
-from shampoo_func.linalg.polar import (
-    NewtonSchulzPolar,
-    PolarMethod,
-    SvdPolar,
-    newton_schulz_polar,
-    normalized,
-    polar_express,
-    svd_polar,
-)
-from shampoo_func.linalg.polar_coefficients import polar_express_coefficients
-from shampoo_func.linalg.roots import EighRoot, PseudoInverse, eigh_root
 from shampoo_func.linalg.scaling import (
     align,
     bias_correction,
@@ -59,21 +56,19 @@ from shampoo_func.linalg.solver import Guarded, Root, RootSolver, all_finite, gu
 
 __all__ = [
     "AutoRoot",
+    "Basis",
+    "BasisSolver",
     "ChebyshevRoot",
     "CholeskyRoot",
     "Eigh",
+    "EighBasis",
     "EighRoot",
     "Guarded",
     "HigherOrderNewtonRoot",
     "NewtonDbRoot",
     "NewtonRoot",
-    "NewtonSchulzRoot",
-    "Basis",
-    "BasisSolver",
-    "EighBasis",
-    "EighRoot",
-    "Guarded",
     "NewtonSchulzPolar",
+    "NewtonSchulzRoot",
     "PolarMethod",
     "PseudoInverse",
     "QrBasis",
@@ -86,26 +81,24 @@ __all__ = [
     "bias_correction",
     "chebyshev_root",
     "cholesky_root",
-    "compute_dtype",
-    "eigh",
     "choose",
     "compute_dtype",
     "compute_where",
     "diagonal",
     "eigenpairs",
+    "eigh",
     "eigh_basis",
     "eigh_root",
     "ema",
     "gram",
     "guarded",
     "higher_order_newton_root",
+    "mode_norms",
     "multiply",
     "newton_db_root",
     "newton_root",
-    "newton_schulz_root",
-    "mode_norms",
-    "multiply",
     "newton_schulz_polar",
+    "newton_schulz_root",
     "normalized",
     "off_diagonal",
     "polar_express",

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from shampoo_func.linalg._shapes import Float
 
-__all__ = ["Eigh", "eigh", "eigh_of_constant", "probe"]
+__all__ = ["Eigh", "eigh", "probe"]
 
 
 class Eigh(NamedTuple):
@@ -37,8 +37,7 @@ def eigh(matrix: Float[Tensor, "*batch n n"], *, retry_double: bool = False) -> 
     gains little from threads below n = 1024; what a worker returns has the bits that
     `torch.linalg.eigh` has on one thread. Elsewhere it is `torch.linalg.eigh`.
 
-    It can be compiled, mapped, and differentiated any number of times in reverse mode. Under
-    forward-mode differentiation it is `torch.linalg.eigh` itself, errors included.
+    It can be compiled and mapped, but has no derivative; `eigenpairs` has.
 
     Args:
         matrix: `[*batch, n, n]`, symmetric; only the lower triangle is decomposed.
@@ -52,24 +51,8 @@ def eigh(matrix: Float[Tensor, "*batch n n"], *, retry_double: bool = False) -> 
         (tensor([[1., 1.],
                 [nan, nan]]), tensor([0., inf]))
     """
-    if forward_ad._current_level >= 0:
-        # the operation below has no forward-mode rule: torch.library offers no way to give one
-        values, vectors = torch.linalg.eigh(matrix)
-        return Eigh(values, vectors, values.new_zeros(values.shape[:-1]))
     if _is_plain(matrix):
         return Eigh(*_decompose(matrix, retry_double))
-    apply: Any = _Differentiable.apply
-    values, vectors, residual = apply(matrix, retry_double)
-    return Eigh(values, vectors, residual)
-
-
-def eigh_of_constant(matrix: Float[Tensor, "*batch n n"], *, retry_double: bool = False) -> Eigh:
-    """Decompose as `eigh` does, in any mode, a matrix that nothing is differentiated by.
-
-    Args:
-        matrix: `[*batch, n, n]`, symmetric, detached.
-        retry_double: As in `eigh`.
-    """
     return Eigh(*_eigh(matrix, retry_double))
 
 
@@ -82,33 +65,6 @@ def probe(like: Tensor) -> Float[Tensor, " n"]:
     places = torch.arange(like.shape[-1], dtype=like.dtype, device=like.device)
     vector = torch.cos(1.0 + places * places)
     return vector / torch.linalg.vector_norm(vector)
-
-
-class _Differentiable(torch.autograd.Function):
-    """The operation below with its derivative, in itself, so that it has any number of them."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix: Tensor, retry_double: bool) -> tuple[Tensor, Tensor, Tensor]:
-        values, vectors, residual = _eigh(matrix, retry_double)
-        return values, vectors, residual
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        ctx.save_for_backward(output[0], output[1])
-        ctx.mark_non_differentiable(output[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        values, vectors = ctx.saved_tensors
-        gap = values.unsqueeze(-2) - values.unsqueeze(-1)
-        # within an eigenspace the basis is arbitrary: no function of the matrix depends on it
-        inverse = torch.where(gap == 0, 0.0, 1.0 / torch.where(gap == 0, 1.0, gap))
-        inner = inverse * (vectors.mT @ grads[1]) + torch.diag_embed(grads[0])
-        return vectors @ inner @ vectors.mT, None
 
 
 def _is_plain(matrix: Tensor) -> bool:
@@ -190,7 +146,9 @@ def _spread(stack: Tensor, values: Tensor, transposed: Tensor, residual: Tensor)
     if stack.device.type != "cpu" or piece >= batch:
         _write(stack, values, transposed, residual)
         return
-    pieces = zip(*(t.split(piece) for t in (stack, values, transposed, residual)), strict=True)
+    pieces = zip(
+        *(torch.split(t, piece) for t in (stack, values, transposed, residual)), strict=True
+    )
     if spread:
         list(_pool(threads).map(lambda tensors: _write(*tensors), pieces))
         return
@@ -202,9 +160,9 @@ def _write(stack: Tensor, values: Tensor, transposed: Tensor, residual: Tensor) 
     """Decompose `[batch, n, n]` together, or one by one where one of them fails."""
     try:
         torch.linalg.eigh(stack, out=(values, transposed.mT))
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         if len(stack) > 1:
-            alone = (t.split(1) for t in (stack, values, transposed, residual))
+            alone = (torch.split(t, 1) for t in (stack, values, transposed, residual))
             for tensors in zip(*alone, strict=True):
                 _write(*tensors)
             return
@@ -220,7 +178,7 @@ def _residual(stack: Tensor, values: Tensor, transposed: Tensor) -> Tensor:
     error = stack @ vector - (weights.unsqueeze(-2) @ transposed).squeeze(-2)
     largest = values.abs().amax(-1, keepdim=True)
     error = error / torch.where(largest > 0, largest, 1.0)
-    return torch.linalg.vector_norm(error, dim=-1).nan_to_num(nan=torch.inf)
+    return torch.linalg.vector_norm(error, dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 @functools.lru_cache(maxsize=64)

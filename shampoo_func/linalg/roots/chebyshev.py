@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from shampoo_func.errors import check_count, check_number
 from shampoo_func.linalg._shapes import Float
-from shampoo_func.linalg.roots.scaled import ScaledRoot, Solution, eye_like, frobenius
+from shampoo_func.linalg.roots.scaled import (
+    ScaledRoot,
+    Solution,
+    check_constant,
+    eye_like,
+    frobenius,
+)
 from shampoo_func.types import Scalar
 
 __all__ = ["ChebyshevRoot", "chebyshev_root"]
@@ -24,11 +30,8 @@ class ChebyshevRoot(ScaledRoot):
     epsilon: Scalar = 1e-12
     offset: float = 1e-2
     degree: int = 20
-
-    @property
-    def relative_epsilon(self) -> Scalar | None:
-        """No further damping: the offset is one."""
-        return 0.0
+    # the offset is damping enough
+    relative_epsilon: Scalar | None = field(default=0.0, init=False)
 
     def _solve(self, matrix: Float[Tensor, "*batch n n"], exponent: float) -> Solution:
         series = _chebyshev_series(float(exponent), self.offset, self.degree)
@@ -82,8 +85,7 @@ def chebyshev_root(
                 [0.0000, 9.9990]])
     """
     check_number("epsilon", epsilon)
-    if isinstance(offset, Tensor):
-        offset = offset.item()
+    check_constant("offset", offset)
     check_number("offset", offset, low_open=True, high_open=True)
     check_count("degree", degree, low=2)
     return ChebyshevRoot(epsilon, offset, degree)

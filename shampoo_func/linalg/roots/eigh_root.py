@@ -151,8 +151,9 @@ def eigh_root(
             max(epsilon, relative_epsilon * largest).
         perturb: Whether epsilon is added before or after the decomposition.
         pseudo_inverse: Drop small eigenvalues instead of damping them.
-        compute_dtype: dtype of the decomposition; None takes the matrix's own, at least float32. float64 costs
-            1.5 to 2 times as much on a CPU and is exact to condition numbers beyond 1e10.
+        compute_dtype: dtype of the decomposition; None takes the matrix's own, at least float32.
+            float64 costs 1.5 to 2 times as much on a CPU and is exact to condition numbers
+            beyond 1e10.
         retry_double: Decompose a matrix again in float64 where its first decomposition failed or
             has a large residual. Costs nothing where none has.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shampoo_func.errors import HyperparameterError, check_count, check_number
+from shampoo_func.errors import check_count, check_number
+from shampoo_func.linalg.roots.scaled import check_constant
 
 __all__ = ["Iterate", "Stopping", "begin", "check_stopping", "run"]
 
@@ -126,8 +127,8 @@ def _while(advance: Callable[[Iterate], Iterate], start: Iterate, limit: int) ->
 
     matrices = tuple(matrix.contiguous() for matrix in start.matrices)
     leaves = (count, *matrices, start.error, start.active, start.diverged)
-    # found by attribute: the function is not exported with a type
-    result = torch._higher_order_ops.while_loop(condition, body, leaves)
+    loop: Any = torch._higher_order_ops.while_loop
+    result = loop(condition, body, leaves)
     return Iterate(tuple(result[1:-3]), result[-3], result[-2], result[-1])
 
 
@@ -153,10 +154,7 @@ def check_stopping(iterations: int | None, tolerance: float, max_iterations: int
     """
     if iterations is not None:
         check_count("iterations", iterations)
-    if isinstance(tolerance, Tensor):
-        raise HyperparameterError(
-            "tolerance must be a Python number, got a tensor: it decides how often a loop runs."
-        )
+    check_constant("tolerance", tolerance)
     check_number("tolerance", tolerance)
     check_count("max_iterations", max_iterations)
     return Stopping(iterations, tolerance, max_iterations)

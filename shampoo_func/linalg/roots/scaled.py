@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,9 @@ class ScaledRoot(RootSolver):
         value, residual, ok = self._solve(scaled, exponent)
         value = (value * scale.pow(-exponent)[..., None, None]).to(matrix.dtype)
         ok = finite & ok & all_finite(value) & torch.isfinite(residual)
-        residual = torch.where(finite, residual.nan_to_num(nan=torch.inf), torch.inf)
+        residual = torch.where(
+            finite, residual.nan_to_num(nan=torch.inf, posinf=torch.inf), torch.inf
+        )
         return Root(value, residual.detach().to(matrix.dtype), ok)
 
     def _scale(self, matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
@@ -114,6 +116,18 @@ def check_damping(epsilon: Scalar, relative_epsilon: Scalar | None) -> None:
     check_number("epsilon", epsilon)
     if relative_epsilon is not None:
         check_number("relative_epsilon", relative_epsilon)
+
+
+def check_constant(name: str, value: Any) -> None:
+    """Check that `value` is a number and no tensor, since the graph depends on it.
+
+    Raises:
+        HyperparameterError: If it is a tensor.
+    """
+    if isinstance(value, Tensor):
+        raise HyperparameterError(
+            f"{name} must be a Python number, got a tensor: how much is computed depends on it."
+        )
 
 
 def rational(exponent: float) -> Fraction:

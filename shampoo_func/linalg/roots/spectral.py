@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from shampoo_func.linalg._shapes import Float
-from shampoo_func.linalg.decompose import eigh, eigh_of_constant
+from shampoo_func.linalg.decompose import eigh
+from shampoo_func.linalg.eigenpairs import eigenpairs
 from shampoo_func.types import Scalar
 
 __all__ = ["Spectrum", "spectral_root"]
@@ -58,7 +59,7 @@ def _expanded(
     f at C; f' needs the decomposition of C + D/2 only to first order in D.
     """
     fixed = matrix.detach()
-    values, vectors, residual = eigh_of_constant(fixed, retry_double=settings.retry_double)
+    values, vectors, residual = eigh(fixed, retry_double=settings.retry_double)
     kept = settings.eigenvalues_kept(values, epsilon, relative)
     delta = matrix - fixed
     rotated = vectors.mT @ delta @ vectors / 2
@@ -95,7 +96,7 @@ class _SpectralRoot(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # decomposed anew, in differentiable operations, so that second derivatives are right
         (matrix,) = ctx.saved_tensors
-        values, vectors, _ = eigh(matrix, retry_double=ctx.settings.retry_double)
+        values, vectors = eigenpairs(matrix)
         kept = ctx.settings.eigenvalues_kept(values, ctx.epsilon, ctx.relative)
         symmetric = (grads[0] + grads[0].mT) / 2
         return _derivative(kept, vectors, symmetric, ctx.exponent), None, None, None, None
