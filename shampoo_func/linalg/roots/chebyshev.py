@@ -92,9 +92,13 @@ def chebyshev_root(
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
 def _chebyshev_series(exponent: float, offset: float, degree: int) -> tuple[float, ...]:
     """Return the coefficients of x^(-p) on [offset, 1 + offset], its maximum, and its error."""
+    return _computed_series(exponent, offset, degree)
+
+
+@functools.lru_cache(maxsize=64)
+def _computed_series(exponent: float, offset: float, degree: int) -> tuple[float, ...]:
     nodes = max(4096, 16 * degree)
     angles = [math.pi * (k + 0.5) / nodes for k in range(nodes)]
     values = [((math.cos(angle) + 1) / 2 + offset) ** -exponent for angle in angles]

@@ -125,8 +125,9 @@ def _while(advance: Callable[[Iterate], Iterate], start: Iterate, limit: int) ->
         # no output may be an input itself
         return (count + 1, *matrices, found.error, found.active, found.diverged.clone())
 
-    matrices = tuple(matrix.contiguous() for matrix in start.matrices)
-    leaves = (count, *matrices, start.error, start.active, start.diverged)
+    # nor may two inputs be one tensor
+    matrices = (matrix.clone(memory_format=torch.contiguous_format) for matrix in start.matrices)
+    leaves = (count, *matrices, start.error.clone(), start.active, start.diverged)
     loop: Any = torch._higher_order_ops.while_loop
     result = loop(condition, body, leaves)
     return Iterate(tuple(result[1:-3]), result[-3], result[-2], result[-1])
