@@ -15,7 +15,6 @@ from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.errors import HyperparameterError
-from shampoo_func.linalg import decompose
 from shampoo_func.linalg.roots import iteration
 
 # name: (constructor, exponents); the fixed forms have 20 steps
@@ -440,11 +439,11 @@ def test_eigh_spread_over_threads() -> None:
 def test_eigh_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """LAPACK gives up on a matrix: that one is NaN, or found in float64 if that was asked for."""
     matrix = torch.stack([spectral(log_spectrum(4, 10), seed).float() for seed in range(3)])
-    real = torch.linalg.eigh
+    real, failure = torch.linalg.eigh, torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
     def failing(stack: Tensor, **out: Any) -> Any:
         if stack.dtype == torch.float32 and (stack == matrix[1]).all(-1).all(-1).any():
-            raise decompose.LinAlgError("linalg.eigh: the algorithm failed to converge")
+            raise failure("linalg.eigh: the algorithm failed to converge")
         return real(stack, **out)
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
@@ -530,7 +529,8 @@ def test_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["reverse", "forward", "forward over reverse", "reverse forward"])
 def test_second_derivatives_of_eigh_root(name: str) -> None:
     """All four orders of differentiation agree with differences of the gradient."""
-    forward, reverse = torch.func.jacfwd, torch.func.jacrev
+    forward: Any = torch.func.jacfwd
+    reverse: Any = torch.func.jacrev
     outer, inner = {
         "reverse": (reverse, reverse),
         "forward": (forward, forward),

@@ -75,7 +75,12 @@ def _is_plain(matrix: Tensor) -> bool:
     return not (wrapped or (matrix.requires_grad and torch.is_grad_enabled()))
 
 
-@torch.library.custom_op("shampoo_func::eigh", mutates_args=())
+# the schema is written out: it cannot be inferred where jaxtyping wraps the annotations
+@torch.library.custom_op(
+    "shampoo_func::eigh",
+    mutates_args=(),
+    schema="(Tensor matrix, bool retry_double) -> (Tensor, Tensor, Tensor)",
+)
 def _eigh(matrix: Tensor, retry_double: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _decompose(matrix.detach(), retry_double)
 
