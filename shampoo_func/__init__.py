@@ -1,8 +1,15 @@
 """Shampoo and its family as pure functions on PyTorch."""
 
-from shampoo_func.errors import (
-    ShampooFuncError,
+from shampoo_func.checkpoint import from_state_dict, to_state_dict
+from shampoo_func.codecs import (
+    Codec,
+    bfloat16_codec,
+    eight_bit,
+    four_bit_cholesky,
+    four_bit_eigen,
+    symmetric_packing,
 )
+from shampoo_func.errors import ShampooFuncError
 from shampoo_func.linalg import (
     PseudoInverse,
     auto_root,
@@ -27,6 +34,7 @@ from shampoo_func.preconditioners import (
     in_eigenbasis,
     kronecker,
     polar,
+    quantized,
     scalar_second_moment,
     second_moment,
     sign_preconditioner,
@@ -44,13 +52,8 @@ from shampoo_func.recipes import (
     soap,
     spectral_descent,
 )
-from shampoo_func.training import (
-    apply_updates,
-    donate,
-    refresh_due,
-    stack_copies,
-    sweep,
-)
+from shampoo_func.torch_optim import ShampooOptimizer, as_optimizer
+from shampoo_func.training import apply_updates, donate, refresh_due, stack_copies, sweep
 from shampoo_func.transforms import (
     accumulate,
     adaptive,
@@ -64,6 +67,7 @@ from shampoo_func.transforms import (
     constant_schedule,
     cosine_decay_schedule,
     ema,
+    eval_params,
     every,
     global_norm,
     identity,
@@ -74,6 +78,7 @@ from shampoo_func.transforms import (
     partition,
     piecewise_constant_schedule,
     precondition,
+    primal_averaging,
     probabilistic,
     scale,
     scale_by_adam,
@@ -82,25 +87,26 @@ from shampoo_func.transforms import (
     scale_by_rss,
     scale_by_schedule,
     scale_by_shampoo,
+    schedule_free,
     staggered,
     trace,
     warmup_cosine_decay_schedule,
     warmup_stable_decay_schedule,
+    weight_ema,
+    weight_lawa,
     with_hyperparams,
 )
-from shampoo_func.types import (
-    Preconditioner,
-    RefreshPolicy,
-    Transformation,
-)
+from shampoo_func.types import Preconditioner, RefreshPolicy, Transformation
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Codec",
     "Preconditioner",
     "PseudoInverse",
     "RefreshPolicy",
     "ShampooFuncError",
+    "ShampooOptimizer",
     "Transformation",
     "__version__",
     "accumulate",
@@ -111,6 +117,8 @@ __all__ = [
     "apply_if_finite",
     "apply_updates",
     "auto_root",
+    "as_optimizer",
+    "bfloat16_codec",
     "blocked",
     "chain",
     "chebyshev_root",
@@ -124,8 +132,13 @@ __all__ = [
     "eigendecomposed",
     "eigh_basis",
     "eigh_root",
+    "eight_bit",
     "ema",
+    "eval_params",
     "every",
+    "four_bit_cholesky",
+    "four_bit_eigen",
+    "from_state_dict",
     "global_norm",
     "graft",
     "guarded",
@@ -150,8 +163,10 @@ __all__ = [
     "polar",
     "polar_express",
     "precondition",
+    "primal_averaging",
     "probabilistic",
     "qr_basis",
+    "quantized",
     "refresh_due",
     "rmsprop",
     "scalar_second_moment",
@@ -162,6 +177,7 @@ __all__ = [
     "scale_by_rss",
     "scale_by_schedule",
     "scale_by_shampoo",
+    "schedule_free",
     "second_moment",
     "sgd",
     "shampoo",
@@ -173,8 +189,12 @@ __all__ = [
     "staggered",
     "svd_polar",
     "sweep",
+    "symmetric_packing",
+    "to_state_dict",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
+    "weight_ema",
+    "weight_lawa",
     "with_hyperparams",
 ]

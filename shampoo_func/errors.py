@@ -10,10 +10,12 @@ import torch
 
 __all__ = [
     "ChainError",
+    "CheckpointError",
     "DonationError",
     "GradientError",
     "HyperparameterError",
     "MissingParamsError",
+    "OptimizerError",
     "ParameterError",
     "PartitionError",
     "RefreshError",
@@ -79,6 +81,14 @@ class RootFailureError(ShampooFuncError, RuntimeError):
 
 class DonationError(ShampooFuncError, RuntimeError):
     """The results of a step cannot be written over its inputs."""
+
+
+class CheckpointError(ShampooFuncError, ValueError):
+    """A saved state does not fit the optimizer that is to take it."""
+
+
+class OptimizerError(ShampooFuncError, RuntimeError):
+    """The torch.optim shell was asked for something that it cannot do now."""
 
 
 def check_number(

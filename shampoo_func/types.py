@@ -208,6 +208,14 @@ class Preconditioner(ABC):
         """
         return named_roles(state, {})
 
+    def reads(self, function: str) -> frozenset[str] | None:
+        """Return the roles of the leaves that "accumulate", "refresh", "correct" or "apply" reads.
+
+        None means all of them. What a function does not read it must pass on as it is; it may
+        look at its shape. `quantized` decodes nothing else.
+        """
+        return None
+
     def with_tolerance(self, tolerance: float) -> Preconditioner | None:
         """Return one that recomputes only bases that are off by more, or None if it has none.
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import pickle
-import typing
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from catalogue import CASES, Case
+from catalogue import CASES, Case, makes_a_stage
 
 import shampoo_func as sf
 from shampoo_func import tree
@@ -73,15 +71,7 @@ def test_catalogue_is_complete() -> None:
     """Every public constructor of a transformation is in the catalogue."""
     covered = {case.covers for case in CASES}
     # a sweep's parameters are stacked, so it has tests of its own
-    assert {name for name in sf.__all__ if _makes_a_stage(getattr(sf, name))} - {"sweep"} == covered
-
-
-def _makes_a_stage(value: Any) -> bool:
-    """Whether a function is annotated to return a transformation."""
-    if not inspect.isfunction(value):
-        return False
-    returned = typing.get_type_hints(value)["return"]
-    return isinstance(returned, type) and issubclass(returned, sf.Transformation)
+    assert {name for name in sf.__all__ if makes_a_stage(getattr(sf, name))} - {"sweep"} == covered
 
 
 @every_case

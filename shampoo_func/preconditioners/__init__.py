@@ -1,10 +1,6 @@
 """The four-function protocol's members and combinators. Stacks and linalg, nothing else."""
 
-from shampoo_func.preconditioners.eigenbasis import (
-    InEigenbasis,
-    InEigenbasisState,
-    in_eigenbasis,
-)
+from shampoo_func.preconditioners.eigenbasis import InEigenbasis, InEigenbasisState, in_eigenbasis
 from shampoo_func.preconditioners.eigendecomposed import (
     Eigendecomposed,
     EigendecomposedState,
@@ -20,6 +16,7 @@ from shampoo_func.preconditioners.elementwise import (
 from shampoo_func.preconditioners.graft import Graft, GraftState, graft
 from shampoo_func.preconditioners.kronecker import Kronecker, KroneckerState, kronecker
 from shampoo_func.preconditioners.polar import Polar, PolarScale, PolarState, polar
+from shampoo_func.preconditioners.quantized import Encoded, Quantized, quantized
 from shampoo_func.preconditioners.scalar import (
     ScalarSecondMoment,
     ScalarSecondMomentState,
@@ -30,6 +27,7 @@ from shampoo_func.preconditioners.sign import Sign, SignScale, SignState, sign_p
 __all__ = [
     "Eigendecomposed",
     "EigendecomposedState",
+    "Encoded",
     "Graft",
     "GraftState",
     "IdentityPreconditioner",
@@ -40,6 +38,7 @@ __all__ = [
     "Polar",
     "PolarScale",
     "PolarState",
+    "Quantized",
     "ScalarSecondMoment",
     "ScalarSecondMomentState",
     "SecondMoment",
@@ -53,6 +52,7 @@ __all__ = [
     "in_eigenbasis",
     "kronecker",
     "polar",
+    "quantized",
     "scalar_second_moment",
     "second_moment",
     "sign_preconditioner",

@@ -86,6 +86,10 @@ class SecondMoment(Preconditioner):
         """Return the names of what the leaves are."""
         return named_roles(state, {"second_moment": "second_moment"})
 
+    def reads(self, function: str) -> frozenset[str]:
+        """Only `accumulate` and `apply` read the moment."""
+        return frozenset({"second_moment"} if function in ("accumulate", "apply") else ())
+
     @property
     def _sums(self) -> bool:
         return not isinstance(self.beta2, Tensor) and self.beta2 == 1.0
@@ -103,6 +107,10 @@ class IdentityPreconditioner(Preconditioner):
     def init(self, block: Tensor) -> EmptyState:
         """Return the empty state."""
         return EmptyState()
+
+    def reads(self, function: str) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
     def accumulate(self, state: EmptyState, grads: Tensor) -> EmptyState:
         """Return the empty state."""

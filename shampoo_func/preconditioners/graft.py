@@ -68,6 +68,11 @@ class Graft(Preconditioner):
         grafted = linalg.scaled(direction, ratio)
         return linalg.choose(state.started, grafted, magnitude)
 
+    def reads(self, function: str) -> frozenset[str] | None:
+        """Return what either of the two reads."""
+        direction, magnitude = self.direction.reads(function), self.magnitude.reads(function)
+        return None if direction is None or magnitude is None else direction | magnitude
+
     def block_shape(self, state: GraftState) -> tuple[int | None, ...] | None:
         """Return the shape that either of the two knows."""
         shape = self.magnitude.block_shape(state.magnitude)

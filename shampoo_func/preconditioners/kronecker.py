@@ -105,6 +105,15 @@ class Kronecker(Preconditioner):
         roles: KroneckerState = named_roles(state, {"factors": "factor", "roots": "root"})
         return roles
 
+    def reads(self, function: str) -> frozenset[str]:
+        """Return what is read: plain statistics need no roots, and the direction no statistics."""
+        read = {
+            "accumulate": {"factor", "root"} if self.kl else {"factor"},
+            "refresh": {"factor", "root"},
+            "apply": {"root"},
+        }
+        return frozenset(read.get(function, ()))
+
 
 def kronecker(
     beta2: Scalar = 1.0,

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from shampoo_func import linalg
+from shampoo_func.codecs import Codec
 from shampoo_func.errors import HyperparameterError, check_choice, check_number
 from shampoo_func.preconditioners import (
     graft,
     identity_preconditioner,
     kronecker,
+    quantized,
     second_moment,
 )
 from shampoo_func.recipes.parts import is_zero, unless_zero
@@ -66,6 +68,7 @@ def shampoo(
     policy: Policy | None = None,
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
+    storage: Codec | Mapping[str, Codec] | None = None,
 ) -> Chain:
     """Shampoo with blocks, grafting, momentum and decay, as in Distributed Shampoo.
 
@@ -111,6 +114,8 @@ def shampoo(
             `refresh_every` and `start`.
         factor_dtype: dtype of the factors.
         root_dtype: dtype of the roots.
+        storage: A codec, or codecs by role, for what is kept of factors, roots and grafting
+            moments between steps, see `quantized`.
 
     Raises:
         HyperparameterError: If an argument is of the wrong kind or range.
@@ -144,9 +149,12 @@ def shampoo(
     )
     magnitude = _grafted_method(grafting, beta2, grafting_epsilon)
     averaged = ema(beta1, bias_correction=bias_correction, lookahead=beta3)
+    preconditioner = (
+        direction if magnitude is None else graft(direction=direction, magnitude=magnitude)
+    )
     shampoo_direction = blocked(
         precondition(
-            direction if magnitude is None else graft(direction=direction, magnitude=magnitude),
+            preconditioner if storage is None else quantized(preconditioner, storage),
             filter=identity() if is_zero(beta1) else averaged,
             refresh_every=refresh_every if policy is None else 1,
             start=start,

@@ -1,6 +1,25 @@
 """Transformations: stages, wrappers and combinators with optax's grammar."""
 
 from shampoo_func.transforms.accumulate import Accumulate, AccumulateState, accumulate
+from shampoo_func.transforms.averaging import (
+    PrimalAveraging,
+    PrimalAveragingState,
+    primal_averaging,
+)
+from shampoo_func.transforms.averaging_schedule_free import (
+    ScheduleFree,
+    ScheduleFreeState,
+    schedule_free,
+)
+from shampoo_func.transforms.averaging_weights import (
+    WeightEma,
+    WeightEmaState,
+    WeightLawa,
+    WeightLawaState,
+    weight_ema,
+    weight_lawa,
+)
+from shampoo_func.transforms.base import Averaging
 from shampoo_func.transforms.blocked import Blocked, blocked
 from shampoo_func.transforms.chain import Chain, chain
 from shampoo_func.transforms.clipping import (
@@ -11,6 +30,7 @@ from shampoo_func.transforms.clipping import (
     global_norm,
 )
 from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
+from shampoo_func.transforms.evaluate import eval_params
 from shampoo_func.transforms.failures import check_failures
 from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
 from shampoo_func.transforms.hyperparams import (
@@ -68,6 +88,7 @@ __all__ = [
     "AddDecayedWeights",
     "ApplyIfFinite",
     "ApplyIfFiniteState",
+    "Averaging",
     "BlockView",
     "Blocked",
     "Chain",
@@ -82,14 +103,22 @@ __all__ = [
     "Policy",
     "Precondition",
     "PreconditionState",
+    "PrimalAveraging",
+    "PrimalAveragingState",
     "Probabilistic",
     "Scale",
     "ScaleByLearningRate",
     "ScaleBySchedule",
+    "ScheduleFree",
+    "ScheduleFreeState",
     "ScheduleState",
     "Staggered",
     "Trace",
     "TraceState",
+    "WeightEma",
+    "WeightEmaState",
+    "WeightLawa",
+    "WeightLawaState",
     "WithHyperparams",
     "WithHyperparamsState",
     "accumulate",
@@ -104,6 +133,7 @@ __all__ = [
     "constant_schedule",
     "cosine_decay_schedule",
     "ema",
+    "eval_params",
     "every",
     "global_norm",
     "identity",
@@ -114,6 +144,7 @@ __all__ = [
     "partition",
     "piecewise_constant_schedule",
     "precondition",
+    "primal_averaging",
     "probabilistic",
     "scale",
     "scale_by_adam",
@@ -122,9 +153,12 @@ __all__ = [
     "scale_by_rss",
     "scale_by_schedule",
     "scale_by_shampoo",
+    "schedule_free",
     "staggered",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
+    "weight_ema",
+    "weight_lawa",
     "with_hyperparams",
 ]
