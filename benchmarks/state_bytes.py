@@ -28,7 +28,7 @@ STORAGES: dict[str, Any] = {
     },
     "8-bit": {
         "factor": sf.symmetric_packing(),
-        "root": sf.eight_bit(),
+        "root": sf.eight_bit(64),
         "second_moment": sf.bfloat16_codec(),
     },
     "4-bit, eigenvectors": {

@@ -26,7 +26,7 @@ STORAGES: dict[str, Any] = {
     "packed": sf.symmetric_packing(),
     "8bit": {
         "factor": sf.symmetric_packing(),
-        "root": sf.eight_bit(),
+        "root": sf.eight_bit(64),
         "second_moment": sf.bfloat16_codec(),
     },
     "4bit": {
