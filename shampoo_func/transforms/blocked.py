@@ -29,11 +29,17 @@ class Blocked(Wrapper):
     inner: Transformation
     block_size: int | None = 1024
     merge_dims: bool = True
+    merge_to: int | None = None
 
     def plan(self, params: Tree) -> BlockPlan:
         """Return how the parameters are cut into blocks; only their shapes are looked at."""
         specs = [LeafSpec.of(leaf) for leaf in tree.leaves(params)]
-        return plan_blocks(specs, block_size=self.block_size, merge_dims=self.merge_dims)
+        return plan_blocks(
+            specs,
+            block_size=self.block_size,
+            merge_dims=self.merge_dims,
+            merge_to=self.merge_to,
+        )
 
     def init(self, params: Tree) -> dict[str, Any]:
         """Return the inner state of every stack; every leaf has the block dimension first."""
@@ -119,7 +125,11 @@ def _blocks_in(state: Any) -> int | None:
 
 
 def blocked(
-    inner: Transformation, *, block_size: int | None = 1024, merge_dims: bool = True
+    inner: Transformation,
+    *,
+    block_size: int | None = 1024,
+    merge_dims: bool = True,
+    merge_to: int | None = None,
 ) -> Blocked:
     """Run a transformation on stacks of equal-shaped blocks.
 
@@ -135,9 +145,12 @@ def blocked(
         block_size: Largest size of a block's dimension; None never cuts and never merges
             (dimensions of size 1 are still dropped if `merge_dims`).
         merge_dims: Whether to drop dimensions of size 1 and merge small ones.
+        merge_to: Merge only while more than this many dimensions are left: 2 makes matrices of
+            convolutions, as spectral methods want them. With `block_size=None` there is then
+            no limit to merging. 1 if not given, and no merging with `block_size=None`.
 
     Raises:
-        HyperparameterError: If `block_size` is no positive int, or `inner` no transformation.
+        HyperparameterError: If a number is no positive int, or `inner` no transformation.
 
     Source: arXiv 2309.06497, section 3.3.
 
@@ -156,4 +169,11 @@ def blocked(
         )
     if block_size is not None:
         check_count("block_size", block_size)
-    return Blocked(inner, block_size, merge_dims)
+    if merge_to is not None:
+        check_count("merge_to", merge_to)
+        if not merge_dims:
+            raise HyperparameterError(
+                f"merge_to={merge_to} says how far dimensions are merged, but merge_dims is "
+                "False; leave out one of the two."
+            )
+    return Blocked(inner, block_size, merge_dims, merge_to)
