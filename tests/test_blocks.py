@@ -322,7 +322,7 @@ def test_convolutions_become_matrices(
 
 def test_merge_to_needs_merging() -> None:
     """Two arguments that contradict each other are refused."""
-    with pytest.raises(HyperparameterError, match="merge_to=2.*merge_dims is False"):
+    with pytest.raises(HyperparameterError, match=r"merge_to=2.*merge_dims is False"):
         sf.blocked(sf.precondition(sf.kronecker()), merge_dims=False, merge_to=2)
 
 

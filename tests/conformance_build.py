@@ -1,0 +1,145 @@
+"""From what a recorded case asks for to an optimizer: the reference's options in our names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import conformance_options as asked
+import torch
+
+import shampoo_func as sf
+from shampoo_func import linalg
+
+Rate = float | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRates:
+    """The schedule that returns `rates[step]`.
+
+    Attributes:
+        rates: One learning rate per step.
+    """
+
+    rates: tuple[float, ...]
+
+    def __call__(self, step: int | torch.Tensor) -> Rate:
+        """Looks up the rate of the step after `step` steps."""
+        if isinstance(step, torch.Tensor):
+            return torch.tensor(self.rates, dtype=torch.float64, device=step.device)[step]
+        return self.rates[step]
+
+
+def transformation_from(
+    config: asked.Configuration, learning_rates: Sequence[float]
+) -> sf.Transformation:
+    """Builds an optimizer from stages.
+
+    Args:
+        config: What the case asks for.
+        learning_rates: One per step.
+
+    Returns:
+        A transformation with the whole chain, learning rate included.
+    """
+    rates = RecordedRates(tuple(learning_rates))
+    decay = decay_coefficient(config, learning_rates)
+    stage = sf.add_decayed_weights(decay)
+    none = config.weight_decay == 0.0
+    before = [stage] if config.weight_decay_kind == "l2" and not none else []
+    after = [stage] if config.weight_decay_kind != "l2" and not none else []
+    # averaging decays its own iterate, unless the decay is in the gradient
+    own_decay = decay if after else 0.0
+    match config.averaging:
+        case asked.PrimalAveraging(eval_interpolation=eval_, train_interpolation=train):
+            last = [sf.primal_averaging(rates, eval_, train, own_decay)]
+        case asked.ScheduleFree(train_interpolation=train, rate_power=power):
+            last = [sf.schedule_free(rates, train, power, own_decay)]
+        case asked.Momentum(momentum=momentum, dampening=dampening, nesterov=nesterov):
+            trace = sf.trace(momentum, nesterov=nesterov, dampening=dampening)
+            last = [*after, trace, sf.scale_by_learning_rate(rates)]
+        case _:
+            last = [*after, sf.scale_by_learning_rate(rates)]
+    return sf.chain(*before, blocked_direction(config), *last)
+
+
+def decay_coefficient(
+    config: asked.Configuration, learning_rates: Sequence[float]
+) -> float | RecordedRates:
+    """What the parameters are multiplied by when they are added to the direction."""
+    if config.weight_decay_kind == "independent":
+        return config.weight_decay / config.learning_rate
+    if config.weight_decay_kind == "corrected":
+        relative = config.weight_decay / config.learning_rate
+        return RecordedRates(tuple(rate * relative for rate in learning_rates))
+    return config.weight_decay
+
+
+def blocked_direction(config: asked.Configuration) -> sf.Transformation:
+    """The direction of every block, with the norm of the grafted method's update."""
+    direction = preconditioner_of(config.preconditioner, config)
+    if config.grafting is not None:
+        magnitude = preconditioner_of(config.grafting, config)
+        direction = sf.graft(direction=direction, magnitude=magnitude)
+    averaged = sf.ema(config.beta1, bias_correction=config.bias_correction, lookahead=config.beta3)
+    stage = sf.precondition(
+        direction,
+        filter=averaged if config.beta1 else None,
+        refresh_every=config.refresh_every,
+        start=config.start,
+    )
+    merges = not math.isinf(config.target_dims)
+    return sf.blocked(
+        stage,
+        block_size=None if math.isinf(config.block_size) else int(config.block_size),
+        merge_dims=merges,
+        merge_to=int(config.target_dims) if merges else None,
+    )
+
+
+def preconditioner_of(
+    wanted: asked.Preconditioner, config: asked.Configuration
+) -> sf.Preconditioner:
+    """The preconditioner of one block, as the direction or as the graft."""
+    match wanted:
+        case asked.RootShampoo():
+            return sf.kronecker(
+                config.beta2,
+                root=root_of(wanted.solver, config.epsilon),
+                kl=wanted.statistics.kullback_leibler,
+                bias_correction=config.bias_correction,
+                exponents=wanted.exponents,
+                trace_scaling=wanted.statistics.trace_exponent,
+                weighted=wanted.statistics.weighted,
+                factor_dtype=wanted.statistics.dtype,
+                root_dtype=wanted.dtype,
+            )
+        case asked.EigendecomposedShampoo():
+            return sf.eigendecomposed(
+                config.beta2,
+                basis=basis_of(wanted.solver, config.epsilon),
+                kl=wanted.statistics.kullback_leibler,
+                bias_correction=config.bias_correction,
+                exponents=wanted.exponents,
+                trace_scaling=wanted.statistics.trace_exponent,
+                weighted=wanted.statistics.weighted,
+                factor_dtype=wanted.statistics.dtype,
+            )
+        case asked.EigenvalueCorrected():
+            return eigenvalue_corrected(wanted, config)
+        case asked.Spectral():
+            return sf.polar(polar_of(wanted.solver))
+        case asked.Sign():
+            return sf.sign_preconditioner()
+        case asked.Moment(kind="sgd"):
+            return sf.identity_preconditioner()
+        case asked.Moment():
+            return sf.second_moment(
+                wanted.beta2,
+                epsilon=wanted.epsilon,
+                bias_correction=wanted.kind == "adam",
+                weighted=wanted.weighted,
+            )
+    raise asked.Unsupported(f"preconditioner {wanted}")
