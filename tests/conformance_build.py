@@ -140,6 +140,74 @@ def preconditioner_of(
                 wanted.beta2,
                 epsilon=wanted.epsilon,
                 bias_correction=wanted.kind == "adam",
-                weighted=wanted.weighted,
+                drop_weighting=not wanted.weighted,
             )
     raise asked.Unsupported(f"preconditioner {wanted}")
+
+
+def eigenvalue_corrected(
+    wanted: asked.EigenvalueCorrected, config: asked.Configuration
+) -> sf.Preconditioner:
+    """A second moment in the eigenbasis, with the exponent of every order.
+
+    The reference leaves the second moment as it is when the basis changes.
+    """
+    weighted, exponents = wanted.statistics.weighted, wanted.exponents or {}
+    inner = sf.second_moment(
+        config.beta2,
+        epsilon=config.epsilon,
+        bias_correction=config.bias_correction,
+        drop_weighting=not weighted,
+        exponents=exponents,
+    )
+    return sf.in_eigenbasis(
+        inner,
+        beta2=config.beta2,
+        basis=basis_of(wanted.solver, config.epsilon),
+        ignore=wanted.ignored,
+        bias_correction=config.bias_correction,
+        trace_scaling=wanted.statistics.trace_exponent,
+        weighted=weighted,
+        factor_dtype=wanted.statistics.dtype,
+    )
+
+
+def damping_of(stability: asked.Stability, epsilon: float) -> linalg.EighRoot:
+    """How eigenvalues are kept positive."""
+    if isinstance(stability, asked.PseudoInverse):
+        return sf.eigh_root(0.0, pseudo_inverse=sf.PseudoInverse(stability.atol, stability.rtol))
+    return sf.eigh_root(epsilon, perturb="before" if stability.before else "after")
+
+
+def root_of(solver: asked.RootSolver, epsilon: float) -> linalg.RootSolver:
+    """The inverse root."""
+    match solver:
+        case asked.CoupledNewton(max_iterations=iterations, tolerance=tolerance):
+            return sf.newton_root(epsilon, max_iterations=iterations, tolerance=tolerance)
+        case asked.HigherOrder():
+            return sf.higher_order_newton_root(
+                epsilon=solver.absolute_epsilon,
+                relative_epsilon=solver.relative_epsilon,
+                max_iterations=solver.max_iterations,
+                tolerance=solver.tolerance,
+                order=solver.order,
+            )
+        case asked.Eigen(stability=stability):
+            return damping_of(stability, epsilon)
+
+
+def basis_of(solver: asked.BasisSolver, epsilon: float) -> linalg.BasisSolver:
+    """The eigenbasis."""
+    damping = damping_of(solver.stability, epsilon)
+    if isinstance(solver, asked.Eigh):
+        return sf.eigh_basis(tolerance=solver.tolerance, damping=damping)
+    return sf.qr_basis(
+        iterations=solver.max_iterations, tolerance=solver.tolerance, damping=damping
+    )
+
+
+def polar_of(solver: asked.NewtonSchulz | asked.SVD) -> linalg.PolarMethod:
+    """The orthogonal polar factor."""
+    if isinstance(solver, asked.SVD):
+        return sf.svd_polar(scale_by_nuclear_norm=solver.times_nuclear_norm)
+    return sf.newton_schulz_polar(solver.iterations, solver.coefficients)
