@@ -140,6 +140,20 @@ CASES = [
         lambda: sf.with_hyperparams(sf.adamw, learning_rate=0.1, beta2=0.9),
         counts_calls=True,
     ),
+    Case(
+        "primal_averaging",
+        "primal_averaging",
+        lambda: sf.primal_averaging(schedule(), weight_decay=0.1),  # type: ignore[arg-type]
+        counts_calls=True,
+    ),
+    Case(
+        "schedule_free",
+        "schedule_free",
+        lambda: sf.schedule_free(0.1, weight_decay=0.1, weight_power=0.5, use_max_rate=True),
+        counts_calls=True,
+    ),
+    Case("weight_ema", "weight_ema", lambda: sf.weight_ema(0.9, every=2)),
+    Case("weight_lawa", "weight_lawa", lambda: sf.weight_lawa(2, every=2)),
     Case("adamw", "adamw", lambda: sf.adamw(0.1, weight_decay_where=is_matrix)),
     Case("sgd", "sgd", lambda: sf.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
     Case("adagrad", "adagrad", lambda: sf.adagrad(0.1)),

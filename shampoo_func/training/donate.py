@@ -78,7 +78,8 @@ def _overwrite(old: tuple[Tree, ...], new: tuple[Tree, ...]) -> None:
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             if target is not source:
-                target.copy_(source)
+                # torch 2.13 loses a compiled write into a 0-d float64 tensor, not into its view
+                (target.view(1) if target.ndim == 0 else target).copy_(source)
 
 
 def _check_fit(old: Tree, targets: list[Tensor], sources: list[Any]) -> None:

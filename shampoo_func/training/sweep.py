@@ -11,13 +11,15 @@ from torch import Tensor
 
 from shampoo_func import tree
 from shampoo_func.errors import HyperparameterError, TreeMismatchError, check_count
+from shampoo_func.transforms.base import Averaging
+from shampoo_func.transforms.evaluate import eval_params
 from shampoo_func.types import Transformation, Tree
 
 __all__ = ["Sweep", "stack_copies", "sweep"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep(Transformation):
+class Sweep(Averaging):
     """See `sweep`."""
 
     factory: Callable[..., Transformation]
@@ -84,6 +86,22 @@ class Sweep(Transformation):
             _present(flat), state, param_leaves, *(value for _, value in self.values)
         )
         return tree.unflatten(structure, tree.filled(present, out)), after
+
+    def averaged(self, state: Any, params: Tree) -> Tree:
+        """Return every member's averaged parameters, stacked."""
+        self._check_stacked(params)
+        flat, structure = tree.flatten(params)
+        found: list[bool] = []
+
+        def evaluate(own: list[Tensor], state: Any, *values: Tensor) -> list[Tensor]:
+            member = self._member(list(values))
+            out = tree.leaves(eval_params(member, state, tree.unflatten(structure, own)))
+            found.extend(new is not old for new, old in zip(out, own, strict=True))
+            return [new for new, old in zip(out, own, strict=True) if new is not old]
+
+        averages = torch.func.vmap(evaluate)(flat, state, *(value for _, value in self.values))
+        whole = zip(flat, tree.filled(found, averages), strict=True)
+        return tree.unflatten(structure, [old if new is None else new for old, new in whole])
 
 
 def _present(leaves: list[Any]) -> list[Tensor]:

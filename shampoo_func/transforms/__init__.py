@@ -1,6 +1,25 @@
 """Transformations: stages, wrappers and combinators with optax's grammar."""
 
 from shampoo_func.transforms.accumulate import Accumulate, AccumulateState, accumulate
+from shampoo_func.transforms.averaging import (
+    PrimalAveraging,
+    PrimalAveragingState,
+    primal_averaging,
+)
+from shampoo_func.transforms.averaging_schedule_free import (
+    ScheduleFree,
+    ScheduleFreeState,
+    schedule_free,
+)
+from shampoo_func.transforms.averaging_weights import (
+    WeightEma,
+    WeightEmaState,
+    WeightLawa,
+    WeightLawaState,
+    weight_ema,
+    weight_lawa,
+)
+from shampoo_func.transforms.base import Averaging
 from shampoo_func.transforms.blocked import Blocked, blocked
 from shampoo_func.transforms.chain import Chain, chain
 from shampoo_func.transforms.clipping import (
@@ -11,6 +30,7 @@ from shampoo_func.transforms.clipping import (
     global_norm,
 )
 from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
+from shampoo_func.transforms.evaluate import eval_params
 from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
 from shampoo_func.transforms.hyperparams import (
     WithHyperparams,
@@ -56,6 +76,7 @@ __all__ = [
     "AddDecayedWeights",
     "ApplyIfFinite",
     "ApplyIfFiniteState",
+    "Averaging",
     "BlockView",
     "Blocked",
     "Chain",
@@ -68,12 +89,20 @@ __all__ = [
     "Partition",
     "Precondition",
     "PreconditionState",
+    "PrimalAveraging",
+    "PrimalAveragingState",
     "Scale",
     "ScaleByLearningRate",
     "ScaleBySchedule",
+    "ScheduleFree",
+    "ScheduleFreeState",
     "ScheduleState",
     "Trace",
     "TraceState",
+    "WeightEma",
+    "WeightEmaState",
+    "WeightLawa",
+    "WeightLawaState",
     "WithHyperparams",
     "WithHyperparamsState",
     "accumulate",
@@ -86,6 +115,7 @@ __all__ = [
     "constant_schedule",
     "cosine_decay_schedule",
     "ema",
+    "eval_params",
     "global_norm",
     "identity",
     "join_schedules",
@@ -95,6 +125,7 @@ __all__ = [
     "partition",
     "piecewise_constant_schedule",
     "precondition",
+    "primal_averaging",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
@@ -102,8 +133,11 @@ __all__ = [
     "scale_by_rss",
     "scale_by_schedule",
     "scale_by_shampoo",
+    "schedule_free",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
+    "weight_ema",
+    "weight_lawa",
     "with_hyperparams",
 ]

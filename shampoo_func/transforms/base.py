@@ -1,14 +1,17 @@
-"""What stages without a state, and stages around one other, have in common."""
+"""What stages without a state, stages around one other, and averages have in common."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from shampoo_func import tree
+from shampoo_func.errors import TreeMismatchError
 from shampoo_func.types import EmptyState, Transformation, Tree
 
-__all__ = ["Stateless", "Wrapper"]
+__all__ = ["Averaging", "Stateless", "Wrapper", "check_kept"]
 
 
 class Stateless(Transformation):
@@ -50,3 +53,36 @@ class Wrapper(Transformation):
     def children(self) -> tuple[Transformation, ...]:
         """The stage inside."""
         return (self.inner,)
+
+
+class Averaging(Transformation):
+    """A transformation that knows which parameters to evaluate with: see `eval_params`."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def averaged(self, state: Any, params: Tree) -> Tree:
+        """Return the averaged parameters; the very tensors of `params` where nothing averages.
+
+        Args:
+            state: The state of this transformation.
+            params: The parameters after the update that returned it.
+        """
+
+
+def check_kept(params: Tree, kept: Tree) -> None:
+    """Check that what a state keeps of every parameter has its shape.
+
+    Raises:
+        TreeMismatchError: If structure or a shape differs.
+    """
+    flat, structure = tree.flatten(params)
+    partners = tree.flatten_up_to(structure, kept, params)
+    for index, (param, own) in enumerate(zip(flat, partners, strict=True)):
+        seen = own.shape if isinstance(own, Tensor) else None
+        if seen != param.shape:
+            raise TreeMismatchError(
+                f"parameter {tree.path_of(params, index)!r} has shape {tuple(param.shape)}, but "
+                f"the state was made for {'a tree' if seen is None else tuple(seen)}; pass the "
+                "parameters that this state belongs to."
+            )

@@ -19,7 +19,7 @@ from shampoo_func.errors import (
 from shampoo_func.transforms.base import Wrapper
 from shampoo_func.types import Transformation, Tree
 
-__all__ = ["Blocked", "blocked"]
+__all__ = ["Blocked", "blocked", "check_stacks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Blocked(Wrapper):
         leaves, structure = tree.flatten(updates)
         present = [leaf is not None for leaf in leaves]
         plan = self.plan(self._shapes_from(updates, params, present))
-        _check_stacks(plan, state)
+        check_stacks(plan, state)
         stacks = gather(plan, leaves)
         param_stacks = {}
         if self.needs_params and params is not None:
@@ -103,7 +103,7 @@ def _put(state: Any, rows: list[int], part: Any) -> Any:
     )
 
 
-def _check_stacks(plan: BlockPlan, state: dict[str, Any]) -> None:
+def check_stacks(plan: BlockPlan, state: dict[str, Any]) -> None:
     """Check that the state was made for these stacks."""
     planned = dict(plan.stacks)
     held = {name: _blocks_in(part) for name, part in state.items()}

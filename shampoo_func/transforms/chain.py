@@ -38,17 +38,25 @@ class Chain(Transformation):
         """Send the updates through the stages; each gets the extra arguments it declares."""
         self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
+        self.check_state(state)
+        after = {}
+        for name, stage in self.stages:
+            known = {key: value for key, value in extra.items() if key in stage.extras}
+            updates, after[name] = stage.update(updates, state[name], params, **known)
+        return updates, after
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Check that a state has this chain's stages.
+
+        Raises:
+            ChainError: If it has others.
+        """
         if set(state) != {name for name, _ in self.stages}:
             raise ChainError(
                 f"the state has the stages {sorted(state)}, but the chain has "
                 f"{sorted(name for name, _ in self.stages)}; use the state that this chain's "
                 "init returned."
             )
-        after = {}
-        for name, stage in self.stages:
-            known = {key: value for key, value in extra.items() if key in stage.extras}
-            updates, after[name] = stage.update(updates, state[name], params, **known)
-        return updates, after
 
 
 def chain(*stages: Transformation | tuple[str, Transformation], **named: Transformation) -> Chain:

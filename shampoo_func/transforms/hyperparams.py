@@ -63,15 +63,23 @@ class WithHyperparams(Transformation):
         """Update with the hyper-parameters that the state holds now."""
         self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
+        values = self._values(state)
+        out, inner = self._build(values).update(updates, state.inner, params, **extra)
+        return out, WithHyperparamsState(values, inner)
+
+    def build_from(self, state: WithHyperparamsState) -> Transformation:
+        """Return the stage inside, with the hyper-parameters that the state holds now."""
+        return self._build(self._values(state))
+
+    def _values(self, state: WithHyperparamsState) -> dict[str, Tensor]:
+        """Return the hyper-parameters of a state in the order of this transformation."""
         names = [name for name, _ in self.hyperparams]
         if sorted(state.hyperparams) != sorted(names):
             raise HyperparameterError(
                 f"the state holds the hyper-parameters {sorted(state.hyperparams)}, but this "
                 f"transformation has {sorted(names)}; change values, not names."
             )
-        values = {name: state.hyperparams[name] for name in names}
-        out, inner = self._build(values).update(updates, state.inner, params, **extra)
-        return out, WithHyperparamsState(values, inner)
+        return {name: state.hyperparams[name] for name in names}
 
 
 def _becomes_leaf(value: Any) -> bool:
