@@ -158,6 +158,21 @@ CASES = [
     Case("sgd", "sgd", lambda: sf.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
     Case("adagrad", "adagrad", lambda: sf.adagrad(0.1)),
     Case("rmsprop", "rmsprop", lambda: sf.rmsprop(0.1, momentum=0.5)),
+    Case(
+        "muon",
+        "muon",
+        lambda: sf.muon(0.1, method=sf.polar_express(3), scale="match_rms_adamw"),
+    ),
+    Case(
+        "spectral_descent",
+        "spectral_descent",
+        lambda: sf.spectral_descent(0.1, scale="nuclear", weight_decay=0.1, block_size=4),
+    ),
+    Case(
+        "sign_sgd",
+        "sign_sgd",
+        lambda: sf.sign_sgd(0.1, momentum=0.9, nesterov=True, scale="mean_abs"),
+    ),
     Case("shampoo", "shampoo", lambda: small_shampoo(weight_decay=0.1, momentum=0.5)),
     Case(
         "shampoo_options",

@@ -73,6 +73,8 @@ def test_catalogue_is_complete() -> None:
         "apply_updates", "donate", "refresh_due", "parameter_state", "stack_copies", "sweep",
         "global_norm", "eigh_root", "graft", "identity_preconditioner", "kronecker",
         "second_moment", "eval_params",
+        "second_moment", "newton_schulz_polar", "polar_express", "svd_polar", "polar",
+        "scalar_second_moment", "sign_preconditioner",
     }  # fmt: skip
     public = {
         name

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_func import linalg
-from shampoo_func.errors import check_number
-from shampoo_func.types import EmptyState, Preconditioner, Scalar
+from shampoo_func.errors import check_dtype, check_number
+from shampoo_func.types import EmptyState, Preconditioner, Scalar, named_roles
 
 __all__ = [
     "IdentityPreconditioner",
@@ -35,19 +35,25 @@ class SecondMoment(Preconditioner):
     beta2: Scalar = 0.999
     epsilon: Scalar = 1e-8
     bias_correction: bool = True
+    drop_weighting: bool = False
+    dtype: torch.dtype | None = None
 
     def init(self, block: Tensor) -> SecondMomentState:
         """Return zeros shaped as the block."""
         step = torch.zeros((), dtype=torch.int64, device=block.device)
-        return SecondMomentState(step, torch.zeros_like(block))
+        return SecondMomentState(step, torch.zeros_like(block, dtype=self.dtype))
 
     def accumulate(self, state: SecondMomentState, grads: Tensor) -> SecondMomentState:
         """Take the squared gradient into the moving average, or the sum."""
+        moment = state.second_moment
+        grads = grads.to(torch.promote_types(grads.dtype, moment.dtype))
         if self._sums:
-            moment = state.second_moment + grads * grads
+            new = (moment + grads * grads).to(moment.dtype)
+        elif self.drop_weighting:
+            new = (moment * linalg.align(self.beta2, moment) + grads * grads).to(moment.dtype)
         else:
-            moment = linalg.ema(state.second_moment, grads * grads, self.beta2)
-        return SecondMomentState(state.step + 1, moment)
+            new = linalg.ema(moment, grads * grads, self.beta2)
+        return SecondMomentState(state.step + 1, new)
 
     def refresh(self, state: SecondMomentState) -> SecondMomentState:
         """Return the state as it is: nothing is derived from the moment."""
@@ -56,7 +62,7 @@ class SecondMoment(Preconditioner):
     def apply(self, state: SecondMomentState, updates: Tensor) -> Tensor:
         """Divide by the root of the (corrected) moment plus epsilon."""
         moment = state.second_moment
-        if self.bias_correction and not self._sums:
+        if self.bias_correction and not (self._sums or self.drop_weighting):
             step = state.step.clamp(min=1)  # a block without gradients would divide 0 by 0
             moment = moment / linalg.bias_correction(self.beta2, step, moment)
         # the derivative of a root at 0 is infinite; the clamp changes no other value
@@ -71,6 +77,10 @@ class SecondMoment(Preconditioner):
     def block_shape(self, state: SecondMomentState) -> tuple[int, ...]:
         """Return the shape of the moment."""
         return tuple(state.second_moment.shape)
+
+    def roles(self, state: SecondMomentState) -> Any:
+        """Return the names of what the leaves are."""
+        return named_roles(state, {"second_moment": "second_moment"})
 
     @property
     def _sums(self) -> bool:
@@ -104,20 +114,29 @@ class IdentityPreconditioner(Preconditioner):
 
 
 def second_moment(
-    beta2: Scalar = 0.999, *, epsilon: Scalar = 1e-8, bias_correction: bool = True
+    beta2: Scalar = 0.999,
+    *,
+    epsilon: Scalar = 1e-8,
+    bias_correction: bool = True,
+    drop_weighting: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> SecondMoment:
     """Diagonal preconditioner: U / (sqrt(V / (1 - beta2^t)) + epsilon).
 
     V <- beta2 V + (1 - beta2) G*G is Adam's second moment; without bias correction RMSprop's;
-    with beta2 = 1, V <- V + G*G, AdaGrad's.
+    with beta2 = 1, V <- V + G*G, AdaGrad's. With `drop_weighting`, V <- beta2 V + G*G: a sum
+    that forgets, never corrected, which for constant gradients grows to G*G / (1 - beta2).
 
     Args:
         beta2: Decay, a number in [0, 1] or a 0-d tensor; the number 1 means AdaGrad's sum.
         epsilon: Added to the root, in the units of the gradient.
-        bias_correction: Whether to divide V by 1 - beta2^t.
+        bias_correction: Whether to divide V by 1 - beta2^t; has no effect with
+            `drop_weighting` or beta2 = 1.
+        drop_weighting: Whether new squares enter with weight 1 and not 1 - beta2.
+        dtype: dtype of V; that of the block if not given.
 
     Raises:
-        HyperparameterError: If a number is out of range.
+        HyperparameterError: If an argument is of the wrong kind or range.
 
     Source: arXiv 1412.6980 (Adam), algorithm 1; JMLR 12 (2011) 2121 (AdaGrad).
 
@@ -129,7 +148,8 @@ def second_moment(
     """
     check_number("beta2", beta2, high=1.0)
     check_number("epsilon", epsilon)
-    return SecondMoment(beta2, epsilon, bias_correction)
+    check_dtype("dtype", dtype)
+    return SecondMoment(beta2, epsilon, bias_correction, drop_weighting, dtype)
 
 
 def identity_preconditioner() -> IdentityPreconditioner:
