@@ -140,7 +140,7 @@ def preconditioner_of(
                 wanted.beta2,
                 epsilon=wanted.epsilon,
                 bias_correction=wanted.kind == "adam",
-                drop_weighting=not wanted.weighted,
+                weighted=wanted.weighted,
             )
     raise asked.Unsupported(f"preconditioner {wanted}")
 
@@ -152,13 +152,13 @@ def eigenvalue_corrected(
 
     The reference leaves the second moment as it is when the basis changes.
     """
-    weighted, exponents = wanted.statistics.weighted, wanted.exponents or {}
+    weighted = wanted.statistics.weighted
     inner = sf.second_moment(
         config.beta2,
         epsilon=config.epsilon,
         bias_correction=config.bias_correction,
-        drop_weighting=not weighted,
-        exponents=exponents,
+        weighted=weighted,
+        exponents=wanted.exponents,
     )
     return sf.in_eigenbasis(
         inner,

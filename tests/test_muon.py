@@ -175,7 +175,7 @@ def test_blocks_of_any_order() -> None:
         lambda: sf.sign_preconditioner(lambda g: 2.0),
         lambda: sf.scalar_second_moment(0.9),
         lambda: sf.scalar_second_moment(1.0, reduce="sum"),
-        lambda: sf.second_moment(0.9, drop_weighting=True),
+        lambda: sf.second_moment(0.9, weighted=False),
     ],
 )
 @pytest.mark.parametrize("shape", [(), (4,), (4, 3), (2, 3, 4)], ids=str)
@@ -258,7 +258,7 @@ def test_scalar_magnitude_of_a_graft() -> None:
 
 def test_second_moment_without_weighting() -> None:
     """V <- beta2 V + G*G, and no bias correction, as with the reference's dropped weight."""
-    tx = sf.second_moment(0.9, epsilon=1e-8, drop_weighting=True)
+    tx = sf.second_moment(0.9, epsilon=1e-8, weighted=False)
     grads = [random(4, 3, seed=seed) for seed in range(5)]
     state, moment = tx.init(grads[0]), torch.zeros(4, 3).double()
     for grad in grads:
@@ -278,9 +278,9 @@ def test_second_moment_without_weighting() -> None:
 @pytest.mark.parametrize("drop", [True, False])
 def test_second_moment_in_another_dtype(beta2: float, drop: bool) -> None:
     """The moment has the dtype that was asked for, and squares are taken in the wider one."""
-    fine = sf.second_moment(beta2, drop_weighting=drop, dtype=torch.float32)
-    coarse = sf.second_moment(beta2, drop_weighting=drop, dtype=torch.bfloat16)
-    double = sf.second_moment(beta2, drop_weighting=drop)
+    fine = sf.second_moment(beta2, weighted=not drop, dtype=torch.float32)
+    coarse = sf.second_moment(beta2, weighted=not drop, dtype=torch.bfloat16)
+    double = sf.second_moment(beta2, weighted=not drop)
     g = random(4, 3).to(torch.bfloat16)
     states = [tx.accumulate(tx.init(g), g) for tx in (fine, coarse)]
     exact = double.accumulate(double.init(g.double()), g.double())
@@ -304,7 +304,7 @@ def test_first_order_methods_do_not_depend_on_blocks(beta2: float) -> None:
     grads = [tree.map(lambda p, s=s: random(*p.shape, seed=s), params) for s in range(4)]
     for inner in (
         sf.second_moment(beta2),
-        sf.second_moment(beta2, drop_weighting=True),
+        sf.second_moment(beta2, weighted=False),
         sf.sign_preconditioner(),
         sf.identity_preconditioner(),
     ):
