@@ -12,12 +12,10 @@ import torch
 import shampoo_func as sf
 from shampoo_func import linalg
 
-Rate = float | torch.Tensor
-
 
 @dataclass(frozen=True, slots=True)
 class RecordedRates:
-    """The schedule that returns `rates[step]`.
+    """The schedule that returns `rates[step]`, in the float32 that the reference keeps rates in.
 
     Attributes:
         rates: One learning rate per step.
@@ -25,11 +23,9 @@ class RecordedRates:
 
     rates: tuple[float, ...]
 
-    def __call__(self, step: int | torch.Tensor) -> Rate:
+    def __call__(self, step: int | torch.Tensor) -> torch.Tensor:
         """Looks up the rate of the step after `step` steps."""
-        if isinstance(step, torch.Tensor):
-            return torch.tensor(self.rates, dtype=torch.float64, device=step.device)[step]
-        return self.rates[step]
+        return torch.tensor(self.rates, dtype=torch.float32)[step]
 
 
 def transformation_from(
