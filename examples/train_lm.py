@@ -22,7 +22,7 @@ import torch
 from lm.checkpoint import CheckpointError
 from lm.data import Corpus, load_corpus, validation_batches
 from lm.model import SIZES, initial_params
-from lm.recipes import RECIPES, recipe_names
+from lm.recipes import RECIPES, STORAGES, recipe_names
 from lm.report import comparison, table, write_json, write_plot
 from lm.session import Interrupted, SaveOnInterrupt, Session
 from lm.training import Task
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help=f"torch.compile; auto: where it pays, on CUDA or from {LONG} steps, and is possible",
     )
+    add("--storage", choices=STORAGES, default="full", help="what Shampoo keeps its state in")
     add("--evaluate-every", type=_positive, default=10, help="steps between validations")
     add("--save-every", type=_positive, default=50, help="steps between checkpoints")
     add("--out", type=Path, default=Path("runs/lm"), help="folder for checkpoints and results")
@@ -159,6 +160,7 @@ def _session(options: argparse.Namespace, name: str, corpus: Corpus) -> Session:
     return Session(
         name=name,
         learning_rate=rate,
+        storage=options.storage,
         task=Task(
             config=config,
             model=model,
@@ -179,7 +181,7 @@ def _session(options: argparse.Namespace, name: str, corpus: Corpus) -> Session:
 
 def _settings(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """List what decides the numbers, and so must be the same to resume."""
-    names = ("size", "steps", "batch", "seed", "threads", "compile", "evaluate_every")
+    names = ("size", "steps", "batch", "seed", "threads", "compile", "evaluate_every", "storage")
     return {
         **{name: getattr(options, name) for name in names},
         "device": str(options.device),

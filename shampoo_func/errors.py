@@ -10,13 +10,16 @@ import torch
 
 __all__ = [
     "ChainError",
+    "CheckpointError",
     "DonationError",
     "GradientError",
     "HyperparameterError",
     "MissingParamsError",
+    "OptimizerError",
     "ParameterError",
     "PartitionError",
     "RefreshError",
+    "RootFailureError",
     "ShampooFuncError",
     "TreeMismatchError",
     "UnknownArgumentError",
@@ -72,8 +75,20 @@ class RefreshError(ShampooFuncError, ValueError):
     """A refresh clock was asked for where there is not exactly one answer."""
 
 
+class RootFailureError(ShampooFuncError, RuntimeError):
+    """Roots or bases of a block could not be computed in too many refreshes in a row."""
+
+
 class DonationError(ShampooFuncError, RuntimeError):
     """The results of a step cannot be written over its inputs."""
+
+
+class CheckpointError(ShampooFuncError, ValueError):
+    """A saved state does not fit the optimizer that is to take it."""
+
+
+class OptimizerError(ShampooFuncError, RuntimeError):
+    """The torch.optim shell was asked for something that it cannot do now."""
 
 
 def check_number(

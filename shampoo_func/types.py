@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from shampoo_func.errors import MissingParamsError, check_count, check_extra, check_number
+from shampoo_func.errors import MissingParamsError, check_extra
 
 __all__ = [
     "EmptyState",
     "Preconditioner",
-    "RefreshSchedule",
+    "RefreshPolicy",
     "Scalar",
     "Schedule",
     "Transformation",
@@ -37,41 +36,33 @@ class EmptyState(NamedTuple):
     """The state of a stage that remembers nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class RefreshSchedule:
-    """When roots are recomputed: every `period` updates from `start` on, and at `start` itself.
+class RefreshPolicy(ABC):
+    """When blocks are refreshed, and which; a frozen value.
 
-    With t counted from 1, a refresh is due when (t mod period = 0 and t > start) or t = start
-    (arXiv 2309.06497, section 3).
-
-    Args:
-        period: Updates between two refreshes.
-        start: The first update that refreshes; `math.inf` for never.
-        every: Calls of `update` per update of the stage (more than one under `accumulate`).
-
-    Raises:
-        HyperparameterError: If a number is out of range.
+    `due` answers for a loop on the host. It may be asked with an int or with an integer tensor.
 
     Example:
-        >>> schedule = RefreshSchedule(period=10, start=15)
-        >>> [step for step in range(1, 41) if schedule.due(step)]
+        >>> from shampoo_func.transforms import every
+        >>> policy = every(10, start=15)
+        >>> [step for step in range(1, 41) if policy.due(step)]
         [15, 20, 30, 40]
     """
 
-    period: int
-    start: float
-    every: int = 1
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        check_count("period", self.period)
-        check_number("start", self.start, low=1)
-        check_count("every", self.every)
+    calls: int
+    """Calls of `update` per update of the stage (more than one under `accumulate`)."""
+
+    start: float
+    """The first update that refreshes anything; `math.inf` for never."""
+
+    @abstractmethod
+    def due_at(self, step: Any) -> Any:
+        """Whether update number `step` of the stage, from 1, refreshes anything."""
 
     def due(self, step: Any) -> Any:
-        """Whether update number `step` (from 1; int or integer tensor) refreshes."""
-        call, step = step % self.every == 0, step // self.every
-        return call & (((step % self.period == 0) & (step > self.start)) | (step == self.start))
+        """Whether call number `step` of `update`, from 1, refreshes anything."""
+        return (step % self.calls == 0) & self.due_at(step // self.calls)
 
 
 class Transformation(ABC):
@@ -128,9 +119,9 @@ class Transformation(ABC):
         return any(child.needs_params for child in self.children)
 
     @property
-    def refresh_schedules(self) -> frozenset[RefreshSchedule]:
-        """The refresh schedules of the stages inside, for a clock on the host."""
-        return frozenset().union(*(child.refresh_schedules for child in self.children))
+    def refresh_policies(self) -> frozenset[RefreshPolicy]:
+        """The refresh policies of the stages inside, for a clock on the host."""
+        return frozenset().union(*(child.refresh_policies for child in self.children))
 
     def check_call(self, params: Tree | None, extra: dict[str, Any]) -> None:
         """Check the arguments of `update` that are no trees, before any work.
@@ -216,6 +207,14 @@ class Preconditioner(ABC):
         "basis" (eigenvectors), "eigenvalues", "second_moment", "momentum", or "other".
         """
         return named_roles(state, {})
+
+    def reads(self, function: str) -> frozenset[str] | None:
+        """Return the roles of the leaves that "accumulate", "refresh", "correct" or "apply" reads.
+
+        None means all of them. What a function does not read it must pass on as it is; it may
+        look at its shape. `quantized` decodes nothing else.
+        """
+        return None
 
     def with_tolerance(self, tolerance: float) -> Preconditioner | None:
         """Return one that recomputes only bases that are off by more, or None if it has none.

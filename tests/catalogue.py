@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +51,14 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def makes_a_stage(value: Any) -> bool:
+    """Whether a function is annotated to return a transformation."""
+    if not inspect.isfunction(value):
+        return False
+    returned = typing.get_type_hints(value)["return"]
+    return isinstance(returned, type) and issubclass(returned, sf.Transformation)
 
 
 def schedule() -> object:
@@ -186,5 +197,47 @@ CASES = [
             trace_scaling=0.5,
             start=3,
         ),
+    ),
+    Case(
+        "staggered",
+        "precondition",
+        lambda: sf.blocked(
+            sf.precondition(
+                sf.graft(
+                    direction=sf.kronecker(0.9, root=sf.eigh_root(1e-3), kl=True),
+                    magnitude=sf.second_moment(0.9),
+                ),
+                policy=sf.staggered(2),
+            ),
+            block_size=3,
+        ),
+    ),
+    Case(
+        "adaptive",
+        "precondition",
+        lambda: sf.precondition(
+            sf.eigendecomposed(0.9, basis=sf.eigh_basis(1e-3), eigenvalues="every_step"),
+            filter=sf.ema(0.5),
+            policy=sf.adaptive(0.1, period=2),
+        ),
+    ),
+    Case("soap", "soap", lambda: sf.soap(0.1, beta2=0.9, block_size=3, refresh_every=2)),
+    Case(
+        "kl_soap",
+        "kl_soap",
+        lambda: sf.kl_soap(
+            0.1,
+            basis="eigh",
+            momentum="original",
+            statistics="before",
+            before_start="identity",
+            block_size=3,
+            policy=sf.probabilistic(0.5, start=3),
+        ),
+    ),
+    Case(
+        "kl_shampoo",
+        "kl_shampoo",
+        lambda: sf.kl_shampoo(0.1, epsilon=1e-3, block_size=3, refresh_every=2),
     ),
 ]

@@ -108,7 +108,7 @@ def preconditioner_of(
                 bias_correction=config.bias_correction,
                 exponents=wanted.exponents,
                 trace_scaling=wanted.statistics.trace_exponent,
-                weighted=wanted.statistics.weighted,
+                drop_weighting=not wanted.statistics.weighted,
                 factor_dtype=wanted.statistics.dtype,
                 root_dtype=wanted.dtype,
             )
@@ -120,7 +120,7 @@ def preconditioner_of(
                 bias_correction=config.bias_correction,
                 exponents=wanted.exponents,
                 trace_scaling=wanted.statistics.trace_exponent,
-                weighted=wanted.statistics.weighted,
+                drop_weighting=not wanted.statistics.weighted,
                 factor_dtype=wanted.statistics.dtype,
             )
         case asked.EigenvalueCorrected():
@@ -136,7 +136,7 @@ def preconditioner_of(
                 wanted.beta2,
                 epsilon=wanted.epsilon,
                 bias_correction=wanted.kind == "adam",
-                weighted=wanted.weighted,
+                drop_weighting=not wanted.weighted,
             )
     raise asked.Unsupported(f"preconditioner {wanted}")
 
@@ -148,12 +148,11 @@ def eigenvalue_corrected(
 
     The reference leaves the second moment as it is when the basis changes.
     """
-    weighted = wanted.statistics.weighted
     inner = sf.second_moment(
         config.beta2,
         epsilon=config.epsilon,
         bias_correction=config.bias_correction,
-        weighted=weighted,
+        drop_weighting=not wanted.statistics.weighted,
         exponents=wanted.exponents,
     )
     return sf.in_eigenbasis(
@@ -163,7 +162,7 @@ def eigenvalue_corrected(
         ignore=wanted.ignored,
         bias_correction=config.bias_correction,
         trace_scaling=wanted.statistics.trace_exponent,
-        weighted=weighted,
+        drop_weighting=not wanted.statistics.weighted,
         factor_dtype=wanted.statistics.dtype,
     )
 

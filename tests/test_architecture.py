@@ -24,6 +24,7 @@ ROOMS = (
     "walk",
     "tree",
     "linalg",
+    "codecs",
     "blocks",
     "sharding",
     "preconditioners",
@@ -36,8 +37,9 @@ ROOMS = (
 # Rooms that may know less than everything below them.
 KNOWS_ONLY = {
     "linalg": {"errors", "types"},
+    "codecs": {"errors", "types", "linalg"},
     "blocks": {"errors", "types", "linalg"},
-    "preconditioners": {"errors", "types", "linalg"},
+    "preconditioners": {"errors", "types", "linalg", "codecs"},
 }
 NO_PYTREES = {"optree", "torch.utils._pytree", "torch.utils._cxx_pytree", "tree", "jax"}
 

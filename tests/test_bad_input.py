@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import optree
 import pytest
 import torch
+from catalogue import makes_a_stage
 from torch import Tensor
 
 import shampoo_func as sf
@@ -118,6 +119,9 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
             "scale": False,
         },
     ),
+    "kl_shampoo": lambda: sf.kl_shampoo(0.1, block_size=2),
+    "kl_soap": lambda: sf.kl_soap(0.1, block_size=2),
+    "muon": lambda: sf.muon(0.1),
     "partition": lambda: sf.partition({"matrix": sf.trace(0.9), "rest": sf.identity()}, label),
     "partition by regex": lambda: sf.partition(
         {"weights": sf.trace(0.9), "rest": sf.identity()}, [("weight$", "weights"), (".", "rest")]
@@ -125,7 +129,9 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "precondition graft": lambda: sf.precondition(graft()),
     "precondition identity": lambda: sf.precondition(sf.identity_preconditioner()),
     "precondition kronecker": lambda: sf.precondition(sf.kronecker()),
+    "precondition scalar second moment": lambda: sf.precondition(sf.scalar_second_moment()),
     "precondition second moment": lambda: sf.precondition(sf.second_moment()),
+    "primal_averaging": lambda: sf.primal_averaging(half, weight_decay=half),
     "rmsprop": lambda: sf.rmsprop(0.1),
     "scale": lambda: sf.scale(2.0),
     "scale_by_adam": sf.scale_by_adam,
@@ -135,13 +141,19 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "scale_by_rss": sf.scale_by_rss,
     "scale_by_schedule": lambda: sf.scale_by_schedule(half),
     "scale_by_shampoo": lambda: sf.scale_by_shampoo(block_size=2, refresh_every=1),
+    "schedule_free": lambda: sf.schedule_free(0.1, weight_decay=0.1),
     "sgd": lambda: sf.sgd(0.1, momentum=0.9),
+    "soap": lambda: sf.soap(0.1, block_size=2),
     "shampoo": lambda: sf.shampoo(0.1, weight_decay=0.1, momentum=0.9, block_size=2),
     "shampoo plain": lambda: sf.shampoo(
         0.1, beta1=0.0, grafting=None, refresh_every=1, merge_dims=False
     ),
+    "sign_sgd": lambda: sf.sign_sgd(0.1, momentum=0.9, scale="mean_abs"),
+    "spectral_descent": lambda: sf.spectral_descent(0.1, block_size=2),
     "sweep": lambda: sf.sweep(sf.trace, decay=torch.tensor([0.5, 0.9])),
     "trace": lambda: sf.trace(0.9),
+    "weight_ema": lambda: sf.weight_ema(0.9),
+    "weight_lawa": lambda: sf.weight_lawa(2),
     "with_hyperparams": lambda: sf.with_hyperparams(sf.trace, decay=0.9),
 }
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -176,16 +188,8 @@ every_unusable_leaf = pytest.mark.parametrize("leaf", UNUSABLE_LEAVES)
 def test_table_names_every_public_transformation() -> None:
     """The table above forgets none: every public constructor of a transformation is in it."""
     made = {word for name in TRANSFORMATIONS for word in name.split()}
-    constructors = {
-        name
-        for name in sf.__all__
-        if (returns := getattr(getattr(sf, name), "__annotations__", {}).get("return"))
-        and (
-            returns == "Transformation"
-            or hasattr(sf.transforms, str(returns))
-            or "Sweep" in returns
-        )
-    } - {"precondition"}
+    constructors = {name for name in sf.__all__ if makes_a_stage(getattr(sf, name))}
+    constructors -= {"precondition"}
     assert constructors <= made
 
 
@@ -294,6 +298,7 @@ NEED_PARAMS: dict[str, Callable[[], sf.Transformation]] = {
     "sgd": lambda: sf.sgd(0.1, weight_decay=0.1),
     "adagrad": lambda: sf.adagrad(0.1, weight_decay=0.1),
     "rmsprop": lambda: sf.rmsprop(0.1, weight_decay=0.1),
+    "soap": lambda: sf.soap(0.1, block_size=2),
     "shampoo": lambda: sf.shampoo(0.1, weight_decay=0.1),
     "shampoo l2": lambda: sf.shampoo(0.1, weight_decay=0.1, weight_decay_kind="l2"),
 }
@@ -416,6 +421,7 @@ HYPERPARAMETERS = [
     *numbers(sf.ema, "lookahead", -0.1, 1.0, 1.5, decay=0.9, like=ONLY_NAN_AND_TEXT),
     *numbers(sf.kronecker, "beta2", -0.1, 1.5),
     *counts(sf.kronecker, "max_dim"),
+    *numbers(sf.kronecker, "sides", "both", like=()),
     *numbers(sf.kronecker, "trace_scaling", -0.5, 0.0, 1.5, like=ONLY_NAN_AND_TEXT),
     *numbers(sf.kronecker, "factor_dtype", torch.int32, torch.complex64, like=()),
     *numbers(sf.kronecker, "root_dtype", torch.int32, torch.complex64, like=()),
@@ -438,7 +444,38 @@ HYPERPARAMETERS = [
     *counts(sf.precondition, "refresh_every", preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", like=NO_COUNTS, preconditioner=sf.kronecker()),
     *numbers(sf.precondition, "start", 4, like=(), preconditioner=sf.kronecker(), refresh_every=5),
-    *numbers(sf.RefreshSchedule, "period", like=NO_COUNTS, start=1),
+    *numbers(sf.precondition, "policy", 10, like=(), preconditioner=sf.eigendecomposed()),
+    *numbers(sf.precondition, "statistics", "never", like=(), preconditioner=sf.kronecker()),
+    *numbers(sf.every, "period", like=NO_COUNTS, start=1),
+    *numbers(sf.every, "start", like=NO_COUNTS, period=1),
+    *numbers(sf.adaptive, "tolerance", -0.1, 1.5, like=ONLY_NAN_AND_TEXT),
+    *counts(sf.adaptive, "period", tolerance=0.1),
+    *numbers(sf.probabilistic, "probability", -0.1, 1.5),
+    *numbers(sf.probabilistic, "seed", -1, 0.5, probability=0.1, like=()),
+    *counts(sf.staggered, "period"),
+    *numbers(sf.staggered, "start", like=NO_COUNTS, period=2),
+    *numbers(sf.eigh_basis, "tolerance", -0.1, 1.5, like=ONLY_NAN_AND_TEXT),
+    *numbers(sf.eigh_basis, "damping", 0.1, like=()),
+    *counts(sf.qr_basis, "iterations"),
+    *numbers(sf.qr_basis, "sort", "sometimes", like=()),
+    *numbers(sf.guarded, "max_residual", -0.1, solver=sf.eigh_root(), like=ONLY_NAN_AND_TEXT),
+    *numbers(sf.guarded, "solver", 0.5, sf.eigh_basis(), like=()),
+    *numbers(sf.eigendecomposed, "beta2", -0.1, 1.5),
+    *numbers(sf.eigendecomposed, "basis", 0.5, sf.eigh_root(), like=()),
+    *numbers(sf.eigendecomposed, "eigenvalues", "always", like=()),
+    *numbers(sf.eigendecomposed, "beta2", 1.0, eigenvalues="ema", like=()),
+    *numbers(sf.eigendecomposed, "product_dtype", torch.bfloat16, torch.int32, like=()),
+    *numbers(sf.in_eigenbasis, "inner", 0.5, sf.eigh_basis(), like=()),
+    *numbers(
+        sf.in_eigenbasis, "momentum", -0.1, 1.0, inner=sf.second_moment(), like=ONLY_NAN_AND_TEXT
+    ),
+    *numbers(sf.in_eigenbasis, "carry", "drop", inner=sf.second_moment(), like=()),
+    *numbers(sf.in_eigenbasis, "ignore", {0: [0]}, {2: [2]}, inner=sf.second_moment(), like=()),
+    *numbers(sf.kl_shampoo, "beta2", -0.1, 1.0),
+    *numbers(sf.kl_soap, "form", "both", like=()),
+    *numbers(sf.soap, "beta1", -0.1, 1.0),
+    *numbers(sf.soap, "basis", "svd", like=()),
+    *numbers(sf.soap, "momentum", "nowhere", like=()),
     *numbers(sf.rmsprop, "learning_rate", -0.1),
     *numbers(sf.rmsprop, "beta2", -0.1, 1.0, 1.5, learning_rate=0.1),
     *numbers(sf.rmsprop, "epsilon", -1e-8, learning_rate=0.1),

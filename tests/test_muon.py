@@ -125,6 +125,23 @@ def test_muon_sends_the_rest_to_adamw() -> None:
     assert set(default["muon"]["precondition"]) == {"4x3", "6x3"}
 
 
+def test_muon_sweeps_over_tensors() -> None:
+    """Learning rate, momentum and decay may be tensors: a vmap over them is the separate runs."""
+    params = {"w": random(4, 3), "b": random(3)}
+    grads = [tree.map(lambda p, s=s: random(*p.shape, seed=s), params) for s in range(3)]
+
+    def make(rate: Any, momentum: Any, decay: Any) -> sf.Transformation:
+        return sf.muon(rate, momentum=momentum, weight_decay=decay)
+
+    settings = ((0.1, 0.9, 0.0), (0.02, 0.5, 0.3))
+    columns = (torch.tensor(column, dtype=torch.float64) for column in zip(*settings, strict=True))
+    together = torch.func.vmap(lambda *own: run(make(*own), params, grads))(*columns)
+    for index, own in enumerate(settings):
+        alone = run(make(*own), params, grads)
+        for name, leaf in alone.items():
+            torch.testing.assert_close(together[name][index], leaf, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("d_out", "d_in"), [(8, 2), (2, 8), (5, 5)])
 def test_scale_rules(d_out: int, d_in: int) -> None:
     """Each rule is its formula; the callable gets (d_in, d_out), as in the reference."""
@@ -175,7 +192,7 @@ def test_blocks_of_any_order() -> None:
         lambda: sf.sign_preconditioner(lambda g: 2.0),
         lambda: sf.scalar_second_moment(0.9),
         lambda: sf.scalar_second_moment(1.0, reduce="sum"),
-        lambda: sf.second_moment(0.9, weighted=False),
+        lambda: sf.second_moment(0.9, drop_weighting=True),
     ],
 )
 @pytest.mark.parametrize("shape", [(), (4,), (4, 3), (2, 3, 4)], ids=str)
@@ -258,7 +275,7 @@ def test_scalar_magnitude_of_a_graft() -> None:
 
 def test_second_moment_without_weighting() -> None:
     """V <- beta2 V + G*G, and no bias correction, as with the reference's dropped weight."""
-    tx = sf.second_moment(0.9, epsilon=1e-8, weighted=False)
+    tx = sf.second_moment(0.9, epsilon=1e-8, drop_weighting=True)
     grads = [random(4, 3, seed=seed) for seed in range(5)]
     state, moment = tx.init(grads[0]), torch.zeros(4, 3).double()
     for grad in grads:
@@ -278,9 +295,9 @@ def test_second_moment_without_weighting() -> None:
 @pytest.mark.parametrize("drop", [True, False])
 def test_second_moment_in_another_dtype(beta2: float, drop: bool) -> None:
     """The moment has the dtype that was asked for, and squares are taken in the wider one."""
-    fine = sf.second_moment(beta2, weighted=not drop, dtype=torch.float32)
-    coarse = sf.second_moment(beta2, weighted=not drop, dtype=torch.bfloat16)
-    double = sf.second_moment(beta2, weighted=not drop)
+    fine = sf.second_moment(beta2, drop_weighting=drop, dtype=torch.float32)
+    coarse = sf.second_moment(beta2, drop_weighting=drop, dtype=torch.bfloat16)
+    double = sf.second_moment(beta2, drop_weighting=drop)
     g = random(4, 3).to(torch.bfloat16)
     states = [tx.accumulate(tx.init(g), g) for tx in (fine, coarse)]
     exact = double.accumulate(double.init(g.double()), g.double())
@@ -304,7 +321,7 @@ def test_first_order_methods_do_not_depend_on_blocks(beta2: float) -> None:
     grads = [tree.map(lambda p, s=s: random(*p.shape, seed=s), params) for s in range(4)]
     for inner in (
         sf.second_moment(beta2),
-        sf.second_moment(beta2, weighted=False),
+        sf.second_moment(beta2, drop_weighting=True),
         sf.sign_preconditioner(),
         sf.identity_preconditioner(),
     ):

@@ -234,6 +234,6 @@ def test_refresh_clock_of_a_partition() -> None:
         lambda path, leaf: "matrix" if leaf.ndim == 2 else "rest",
     )
     assert [t for t in range(1, 13) if sf.refresh_due(tx, t)] == [4, 8, 12]
-    assert sf.adamw(1e-3).refresh_schedules == frozenset()
+    assert sf.adamw(1e-3).refresh_policies == frozenset()
     every_other = sf.accumulate(sf.shampoo(1e-3, refresh_every=3), every=2)
     assert [t for t in range(1, 19) if sf.refresh_due(every_other, t)] == [6, 12, 18]

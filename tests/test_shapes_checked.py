@@ -44,6 +44,10 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
     updates, state = tx.update(own, tx.init(own), own)
     missing = {**own, "a": None}
     updates, state = tx.update(missing, state, own)
+    for shape in ((3, 3), (2, 3), (2, 4, 3)):
+        for method in (sf.newton_schulz_polar(), sf.polar_express(), sf.svd_polar()):
+            assert method(torch.ones(shape, dtype=dtype)).shape == shape
+            torch.func.vmap(method)(torch.ones(2, *shape, dtype=dtype))
     torch.func.vmap(lambda leaf: sf.eigh_root()(leaf, 0.5).value)(torch.eye(3).expand(2, 3, 3))
 """
 
@@ -51,6 +55,8 @@ WRONG = {
     "root of a rectangle": "sf.eigh_root()(torch.ones(2, 3), 0.5)",
     "root of a vector": "sf.eigh_root()(torch.ones(3), 0.5)",
     "root of integers": "sf.eigh_root()(torch.ones(3, 3, dtype=torch.int64), 0.5)",
+    "polar factor of a vector": "sf.svd_polar()(torch.ones(3))",
+    "iteration of integers": "sf.newton_schulz_polar()(torch.ones(3, 3, dtype=torch.int64))",
     "cutoff of a number": "sf.PseudoInverse().cutoff(torch.tensor(1.0))",
     "product with a rectangle": "linalg.multiply(torch.ones(1, 2, 3), torch.ones(1, 3, 2), 1, 2)",
     "product of integers": (

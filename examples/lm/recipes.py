@@ -9,7 +9,7 @@ from typing import Any
 
 import shampoo_func as sf
 
-__all__ = ["RECIPES", "Recipe", "build", "recipe_names"]
+__all__ = ["RECIPES", "STORAGES", "Recipe", "build", "recipe_names"]
 
 WARMUP = 0.1
 """Fraction of the steps that warm the learning rate up."""
@@ -21,19 +21,36 @@ BETA1, BETA2 = 0.9, 0.95
 WEIGHT_DECAY = 0.1
 
 
+STORAGES: dict[str, Any] = {
+    "full": None,
+    "packed": sf.symmetric_packing(),
+    "8bit": {
+        "factor": sf.symmetric_packing(),
+        "root": sf.eight_bit(),
+        "second_moment": sf.eight_bit(),
+    },
+    "4bit": {
+        "factor": sf.four_bit_eigen(),
+        "root": sf.four_bit_eigen(basis="eigh"),
+        "second_moment": sf.eight_bit(),
+    },
+}
+"""What Shampoo keeps its factors, roots and grafting moments in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """An optimizer as a function of its learning rate, and the peak rate that suits it."""
+    """An optimizer as a function of its learning rate and storage, and its best peak rate."""
 
-    make: Callable[[Any], sf.Transformation]
+    make: Callable[[Any, Any], sf.Transformation]
     learning_rate: float
 
 
-def _adamw(learning_rate: Any) -> sf.Transformation:
+def _adamw(learning_rate: Any, storage: Any) -> sf.Transformation:
     return sf.adamw(learning_rate, beta1=BETA1, beta2=BETA2, weight_decay=WEIGHT_DECAY)
 
 
-def _shampoo(learning_rate: Any) -> sf.Transformation:
+def _shampoo(learning_rate: Any, storage: Any) -> sf.Transformation:
     return sf.shampoo(
         learning_rate,
         beta1=BETA1,
@@ -42,14 +59,15 @@ def _shampoo(learning_rate: Any) -> sf.Transformation:
         block_size=256,
         refresh_every=10,
         grafting="adam",
+        storage=storage,
     )
 
 
-def _sgd(learning_rate: Any) -> sf.Transformation:
+def _sgd(learning_rate: Any, storage: Any) -> sf.Transformation:
     return sf.sgd(learning_rate, momentum=0.9, nesterov=True)
 
 
-def _rmsprop(learning_rate: Any) -> sf.Transformation:
+def _rmsprop(learning_rate: Any, storage: Any) -> sf.Transformation:
     return sf.rmsprop(learning_rate)
 
 
@@ -61,13 +79,14 @@ RECIPES = {
 }
 
 
-def build(name: str, learning_rate: Any, steps: int) -> sf.Transformation:
+def build(name: str, learning_rate: Any, steps: int, storage: str = "full") -> sf.Transformation:
     """Return the recipe with gradient clipping and a warmed-up cosine schedule.
 
     Args:
         name: A key of `RECIPES`.
         learning_rate: The peak rate: a number, or a 0-d tensor in a sweep.
         steps: Length of the whole run.
+        storage: A key of `STORAGES`, for Shampoo.
     """
     warmup = max(1, round(WARMUP * steps))
     schedule = sf.warmup_cosine_decay_schedule(
@@ -77,7 +96,7 @@ def build(name: str, learning_rate: Any, steps: int) -> sf.Transformation:
         decay_steps=steps,
         end_value=FLOOR * learning_rate,
     )
-    return sf.chain(sf.clip_by_global_norm(1.0), RECIPES[name].make(schedule))
+    return sf.chain(sf.clip_by_global_norm(1.0), RECIPES[name].make(schedule, STORAGES[storage]))
 
 
 def recipe_names(text: str) -> list[str]:

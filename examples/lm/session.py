@@ -59,6 +59,7 @@ class Session:
 
     name: str
     learning_rate: float
+    storage: str
     task: Task
     compiled: bool
     path: Path
@@ -71,7 +72,7 @@ class Session:
         Raises:
             Interrupted: If Ctrl-C was pressed; the checkpoint is written.
         """
-        tx = recipes.build(self.name, self.learning_rate, self.task.steps)
+        tx = recipes.build(self.name, self.learning_rate, self.task.steps, self.storage)
         run = self._start(tx)
         if run.step < self.task.steps:
             self._train(tx, run, interrupt)

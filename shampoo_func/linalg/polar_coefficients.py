@@ -205,7 +205,10 @@ def _nearest_to_one(low: float, high: float) -> Triple:
     q, r = (3 * low + high) / 4, (low + 3 * high) / 4
     a = b = c = before = math.inf
     for _ in range(50):  # it converges quadratically, so in 5 to 10
-        rows = [[x, x**3, x**5, sign, 1.0] for x, sign in ((low, 1), (q, -1), (r, 1), (high, -1))]
+        rows = [
+            [x, x**3, x**5, sign, 1.0]
+            for x, sign in ((low, 1.0), (q, -1.0), (r, 1.0), (high, -1.0))
+        ]
         a, b, c, error = _solve(rows)
         if abs(error - before) < 1e-15:
             break

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shampoo_func.errors import HyperparameterError, check_number
 from shampoo_func.linalg._shapes import Bool, Float
+from shampoo_func.linalg.control import choose
 from shampoo_func.types import Scalar
 
 __all__ = ["Guarded", "Root", "RootSolver", "all_finite", "guarded"]
@@ -72,7 +73,7 @@ class Guarded:
         ok = root.ok
         if self.max_residual is not None:
             ok = ok & (root.residual <= self.max_residual)
-        kept = torch.where(ok[..., None, None], root.value.to(previous.dtype), previous)
+        kept = choose(ok, root.value.to(previous.dtype), previous)
         return Root(kept, root.residual, ok)
 
     @property

@@ -1,5 +1,11 @@
 """The four-function protocol's members and combinators. Stacks and linalg, nothing else."""
 
+from shampoo_func.preconditioners.eigenbasis import InEigenbasis, InEigenbasisState, in_eigenbasis
+from shampoo_func.preconditioners.eigendecomposed import (
+    Eigendecomposed,
+    EigendecomposedState,
+    eigendecomposed,
+)
 from shampoo_func.preconditioners.elementwise import (
     IdentityPreconditioner,
     SecondMoment,
@@ -10,6 +16,7 @@ from shampoo_func.preconditioners.elementwise import (
 from shampoo_func.preconditioners.graft import Graft, GraftState, graft
 from shampoo_func.preconditioners.kronecker import Kronecker, KroneckerState, kronecker
 from shampoo_func.preconditioners.polar import Polar, PolarScale, PolarState, polar
+from shampoo_func.preconditioners.quantized import Encoded, Quantized, quantized
 from shampoo_func.preconditioners.scalar import (
     ScalarSecondMoment,
     ScalarSecondMomentState,
@@ -18,14 +25,20 @@ from shampoo_func.preconditioners.scalar import (
 from shampoo_func.preconditioners.sign import Sign, SignScale, SignState, sign_preconditioner
 
 __all__ = [
+    "Eigendecomposed",
+    "EigendecomposedState",
+    "Encoded",
     "Graft",
     "GraftState",
     "IdentityPreconditioner",
+    "InEigenbasis",
+    "InEigenbasisState",
     "Kronecker",
     "KroneckerState",
     "Polar",
     "PolarScale",
     "PolarState",
+    "Quantized",
     "ScalarSecondMoment",
     "ScalarSecondMomentState",
     "SecondMoment",
@@ -33,10 +46,13 @@ __all__ = [
     "Sign",
     "SignScale",
     "SignState",
+    "eigendecomposed",
     "graft",
     "identity_preconditioner",
+    "in_eigenbasis",
     "kronecker",
     "polar",
+    "quantized",
     "scalar_second_moment",
     "second_moment",
     "sign_preconditioner",

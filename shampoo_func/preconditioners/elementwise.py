@@ -36,9 +36,9 @@ class SecondMoment(Preconditioner):
     beta2: Scalar = 0.999
     epsilon: Scalar = 1e-8
     bias_correction: bool = True
-    weighted: bool = True
-    exponents: tuple[tuple[int, float], ...] = ()
+    drop_weighting: bool = False
     dtype: torch.dtype | None = None
+    exponents: tuple[tuple[int, float], ...] = ()
 
     def init(self, block: Tensor) -> SecondMomentState:
         """Return zeros shaped as the block."""
@@ -51,7 +51,7 @@ class SecondMoment(Preconditioner):
         grads = grads.to(torch.promote_types(grads.dtype, moment.dtype))
         if self._sums:
             new = (moment + grads * grads).to(moment.dtype)
-        elif not self.weighted:
+        elif self.drop_weighting:
             new = (moment * linalg.align(self.beta2, moment) + grads * grads).to(moment.dtype)
         else:
             new = linalg.ema(moment, grads * grads, self.beta2)
@@ -64,13 +64,13 @@ class SecondMoment(Preconditioner):
     def apply(self, state: SecondMomentState, updates: Tensor) -> Tensor:
         """Divide by the root of the (corrected) moment plus epsilon."""
         moment = state.second_moment
-        if self.bias_correction and self.weighted and not self._sums:
+        if self.bias_correction and not (self._sums or self.drop_weighting):
             step = state.step.clamp(min=1)  # a block without gradients would divide 0 by 0
             moment = moment / linalg.bias_correction(self.beta2, step, moment)
         # the derivative of a root at 0 is infinite; the clamp changes no other value
         positive = moment.clamp(min=torch.finfo(moment.dtype).tiny)
-        power = dict(self.exponents).get(moment.ndim - state.step.ndim, 0.5)
-        deviation = positive.sqrt() if power == 0.5 else positive.pow(power)
+        exponent = dict(self.exponents).get(updates.ndim - state.step.ndim, 0.5)
+        deviation = positive.sqrt() if exponent == 0.5 else positive.pow(exponent)
         return (updates / (deviation + linalg.align(self.epsilon, deviation))).to(updates.dtype)
 
     @property
@@ -85,6 +85,10 @@ class SecondMoment(Preconditioner):
     def roles(self, state: SecondMomentState) -> Any:
         """Return the names of what the leaves are."""
         return named_roles(state, {"second_moment": "second_moment"})
+
+    def reads(self, function: str) -> frozenset[str]:
+        """Only `accumulate` and `apply` read the moment."""
+        return frozenset({"second_moment"} if function in ("accumulate", "apply") else ())
 
     @property
     def _sums(self) -> bool:
@@ -104,6 +108,10 @@ class IdentityPreconditioner(Preconditioner):
         """Return the empty state."""
         return EmptyState()
 
+    def reads(self, function: str) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
+
     def accumulate(self, state: EmptyState, grads: Tensor) -> EmptyState:
         """Return the empty state."""
         return state
@@ -122,25 +130,25 @@ def second_moment(
     *,
     epsilon: Scalar = 1e-8,
     bias_correction: bool = True,
-    weighted: bool = True,
-    exponents: Mapping[int, float] | None = None,
+    drop_weighting: bool = False,
     dtype: torch.dtype | None = None,
+    exponents: Mapping[int, float] | None = None,
 ) -> SecondMoment:
     """Diagonal preconditioner: U / (sqrt(V / (1 - beta2^t)) + epsilon).
 
     V <- beta2 V + (1 - beta2) G*G is Adam's second moment; without bias correction RMSprop's;
-    with beta2 = 1, V <- V + G*G, AdaGrad's. With `weighted=False`, V <- beta2 V + G*G: a sum
+    with beta2 = 1, V <- V + G*G, AdaGrad's. With `drop_weighting`, V <- beta2 V + G*G: a sum
     that forgets, never corrected, which for constant gradients grows to G*G / (1 - beta2).
 
     Args:
         beta2: Decay, a number in [0, 1] or a 0-d tensor; the number 1 means AdaGrad's sum.
         epsilon: Added to the root, in the units of the gradient.
         bias_correction: Whether to divide V by 1 - beta2^t; has no effect with
-            `weighted=False` or beta2 = 1.
-        weighted: Whether new squares enter with weight 1 - beta2; if not, with weight 1.
-        exponents: The power of V in the place of the root, by the order of the block, as in
-            `{1: 1.0, 2: 0.25}`; 1/2 for an order that is not there.
+            `drop_weighting` or beta2 = 1.
+        drop_weighting: Whether new squares enter with weight 1 and not 1 - beta2.
         dtype: dtype of V; that of the block if not given.
+        exponents: What power of V is divided by, by the order of a block: `{3: 0.25}`; 1/2, the
+            root, for orders that are not named.
 
     Raises:
         HyperparameterError: If an argument is of the wrong kind or range.
@@ -156,16 +164,16 @@ def second_moment(
     check_number("beta2", beta2, high=1.0)
     check_number("epsilon", epsilon)
     check_dtype("dtype", dtype)
-    powers: Any = {} if exponents is None else exponents
-    if not isinstance(powers, Mapping):
+    chosen: Any = {} if exponents is None else exponents
+    if not isinstance(chosen, Mapping):
         raise HyperparameterError(
             f"exponents must map orders to powers, as in {{2: 0.25}}, got {exponents!r}."
         )
-    for order, power in powers.items():
+    for order, exponent in chosen.items():
         check_count("exponents: an order", order)
-        check_number(f"exponents[{order}]", power, low_open=True)
-    frozen = tuple(sorted(powers.items()))
-    return SecondMoment(beta2, epsilon, bias_correction, weighted, frozen, dtype)
+        check_number(f"exponents[{order}]", exponent, low_open=True)
+    powers = tuple(sorted(chosen.items()))
+    return SecondMoment(beta2, epsilon, bias_correction, drop_weighting, dtype, powers)
 
 
 def identity_preconditioner() -> IdentityPreconditioner:

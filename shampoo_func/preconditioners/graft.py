@@ -52,6 +52,13 @@ class Graft(Preconditioner):
             torch.ones_like(state.started),
         )
 
+    def correct(self, state: GraftState, grads: Tensor) -> GraftState:
+        """Take the gradient into both, after the refresh."""
+        return state._replace(
+            direction=self.direction.correct(state.direction, grads),
+            magnitude=self.magnitude.correct(state.magnitude, grads),
+        )
+
     def apply(self, state: GraftState, updates: Tensor) -> Tensor:
         """Rescale the direction, block by block, to the norm of the grafted method's update."""
         batch = state.started.ndim
@@ -59,13 +66,33 @@ class Graft(Preconditioner):
         direction = self.direction.apply(state.direction, updates)
         ratio = _norm(magnitude, batch) / (_norm(direction, batch) + _TINY)
         grafted = linalg.scaled(direction, ratio)
-        started = state.started.reshape(state.started.shape + (1,) * (updates.ndim - batch))
-        return torch.where(started, grafted, magnitude)
+        return linalg.choose(state.started, grafted, magnitude)
+
+    def reads(self, function: str) -> frozenset[str] | None:
+        """Return what either of the two reads."""
+        direction, magnitude = self.direction.reads(function), self.magnitude.reads(function)
+        return None if direction is None or magnitude is None else direction | magnitude
 
     def block_shape(self, state: GraftState) -> tuple[int | None, ...] | None:
         """Return the shape that either of the two knows."""
         shape = self.magnitude.block_shape(state.magnitude)
         return self.direction.block_shape(state.direction) if shape is None else shape
+
+    def roles(self, state: GraftState) -> GraftState:
+        """Return what every leaf is."""
+        return GraftState(
+            self.direction.roles(state.direction),
+            self.magnitude.roles(state.magnitude),
+            "other",  # type: ignore[arg-type]
+        )
+
+    def with_tolerance(self, tolerance: float) -> Graft | None:
+        """Return the same graft with the tolerance in whatever keeps a basis."""
+        direction = self.direction.with_tolerance(tolerance)
+        magnitude = self.magnitude.with_tolerance(tolerance)
+        if direction is None and magnitude is None:
+            return None
+        return Graft(direction or self.direction, magnitude or self.magnitude)
 
 
 def _norm(blocks: Tensor, batch: int) -> Tensor:

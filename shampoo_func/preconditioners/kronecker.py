@@ -1,144 +1,135 @@
-"""Shampoo: one factor matrix per dimension of a block, applied by inverse roots."""
+"""Shampoo: one factor matrix per dimension of a block, applied by cached inverse roots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_func import linalg
-from shampoo_func.errors import HyperparameterError, check_count, check_dtype, check_number
-from shampoo_func.types import Preconditioner, Scalar
+from shampoo_func.errors import HyperparameterError, check_dtype
+from shampoo_func.preconditioners.factors import (
+    Factors,
+    Sides,
+    block_shape,
+    counted,
+    factors_of,
+    preconditioned,
+)
+from shampoo_func.types import Preconditioner, Scalar, named_roles
 
 __all__ = ["Kronecker", "KroneckerState", "kronecker"]
-
-Exponents = tuple[tuple[int, float | tuple[tuple[int, float], ...]], ...]
 
 
 class KroneckerState(NamedTuple):
     """Statistics and roots of a stack of order-k blocks.
 
     step: int64 `[n]`, gradients taken in. factors, roots: k tensors `[n, d, d]`; `[n, 0, 0]`
-    for a dimension that is not preconditioned. failures: int64 `[n]`, refreshes whose root
-    could not be used, so that the previous one was kept.
+    for a dimension that is not preconditioned. failures, failures_in_a_row: int64 `[n]`,
+    refreshes whose root could not be used, so that the previous one was kept.
     """
 
     step: Tensor
     factors: tuple[Tensor, ...]
     roots: tuple[Tensor, ...]
     failures: Tensor
+    failures_in_a_row: Tensor
+
+
+def _default_root() -> linalg.Guarded:
+    return linalg.guarded(linalg.eigh_root())
 
 
 @dataclass(frozen=True, slots=True)
 class Kronecker(Preconditioner):
     """See `kronecker`."""
 
-    beta2: Scalar = 1.0
-    root: linalg.EighRoot = field(default_factory=linalg.eigh_root)
-    bias_correction: bool = True
-    exponents: Exponents = ()
-    max_dim: int | None = None
-    trace_scaling: float | None = None
-    factor_dtype: torch.dtype | None = None
+    factors: Factors = field(default_factory=Factors)
+    root: linalg.Guarded = field(default_factory=_default_root)
+    kl: bool = False
     root_dtype: torch.dtype | None = None
 
     def init(self, block: Tensor) -> KroneckerState:
         """Return zero factors and identity roots for one block."""
-        factor_dtype = self.factor_dtype or linalg.compute_dtype(block.dtype)
-        root_dtype = self.root_dtype or factor_dtype
-        sizes = [
-            size if self._exponent(block.ndim, dim, size) else 0
-            for dim, size in enumerate(block.shape)
-        ]
+        factors = self.factors.init(block)
         zero = torch.zeros((), dtype=torch.int64, device=block.device)
-        return KroneckerState(
-            step=zero,
-            factors=tuple(block.new_zeros((size, size), dtype=factor_dtype) for size in sizes),
-            roots=tuple(torch.eye(size, dtype=root_dtype, device=block.device) for size in sizes),
-            failures=zero.clone(),
-        )
+        roots = []
+        for dim, factor in enumerate(factors):
+            if factor.shape[-1]:
+                self.root.check_exponent(self.factors.exponent(len(factors), dim))
+            dtype = self.root_dtype or linalg.compute_dtype(factor.dtype)
+            roots.append(torch.eye(factor.shape[-1], dtype=dtype, device=block.device))
+        return KroneckerState(zero, factors, tuple(roots), zero.clone(), zero.clone())
 
     def accumulate(self, state: KroneckerState, grads: Tensor) -> KroneckerState:
         """Add the gradient's Gram matrices: F_i <- beta2 F_i + (1 - beta2) G_(i) G_(i)^T."""
         order = len(state.factors)
-        factors = list(state.factors)
-        for dim in self._preconditioned(state):
-            new = linalg.gram(grads.to(factors[dim].dtype), dim, order)
-            if self._sums:
-                factors[dim] = factors[dim] + new
-            else:
-                factors[dim] = linalg.ema(factors[dim], new, self.beta2)
-        return state._replace(step=state.step + 1, factors=tuple(factors))
+
+        def whiten(blocks: Tensor, dim: int) -> Tensor:
+            return linalg.multiply(blocks, state.roots[dim].to(blocks.dtype), dim, order)
+
+        factors = self.factors.accumulate(state.factors, grads, whiten if self.kl else None)
+        return state._replace(step=state.step + 1, factors=factors)
 
     def refresh(self, state: KroneckerState) -> KroneckerState:
         """Recompute X_i = (F_i / bias correction)^(-p_i); keep a root that cannot be had."""
         order = len(state.factors)
         roots = list(state.roots)
         failed = torch.zeros_like(state.failures, dtype=torch.bool)
-        for dim in self._preconditioned(state):
-            factor = self._corrected(state.factors[dim], state.step)
-            size = factor.shape[-1]
-            root = self.root(factor, self._exponent(order, dim, size), roots[dim])
+        for dim in preconditioned(state.factors):
+            factor = self.factors.corrected(state.factors[dim], state.step, self.root.epsilon)
+            root = self.root(factor, self.factors.exponent(order, dim), roots[dim])
             roots[dim] = root.value
             failed = failed | ~root.ok
-        return state._replace(roots=tuple(roots), failures=state.failures + failed)
+        failures, in_a_row = counted(state.failures, state.failures_in_a_row, failed)
+        return state._replace(roots=tuple(roots), failures=failures, failures_in_a_row=in_a_row)
 
     def apply(self, state: KroneckerState, updates: Tensor) -> Tensor:
         """Multiply every dimension by its root; in a matrix block, X_1 U X_2."""
         order = len(state.factors)
         result = updates
-        for dim in self._preconditioned(state):
-            root = state.roots[dim]
+        for dim in preconditioned(state.factors):
+            root = state.roots[dim].to(linalg.compute_dtype(state.roots[dim].dtype))
             result = linalg.multiply(result.to(root.dtype), root, dim, order)
         return linalg.with_layout_of(result.to(updates.dtype), updates)
 
     def block_shape(self, state: KroneckerState) -> tuple[int | None, ...]:
         """Return the sizes of the factors; None for a dimension that has none."""
-        sizes = (factor.shape[-1] or None for factor in state.factors)
-        return (*state.step.shape, *sizes)
+        return block_shape(state.step, state.factors)
 
-    @property
-    def _sums(self) -> bool:
-        return not isinstance(self.beta2, Tensor) and self.beta2 == 1.0
+    def roles(self, state: KroneckerState) -> KroneckerState:
+        """Return what every leaf is."""
+        roles: KroneckerState = named_roles(state, {"factors": "factor", "roots": "root"})
+        return roles
 
-    def _preconditioned(self, state: KroneckerState) -> Iterator[int]:
-        """Yield the dimensions that have a factor."""
-        return (dim for dim, root in enumerate(state.roots) if root.shape[-1] > 0)
-
-    def _exponent(self, order: int, dim: int, size: int) -> float:
-        """Return p for one dimension of an order-k block; 0 where it is left alone."""
-        if self.max_dim is not None and size > self.max_dim:
-            return 0.0
-        override = dict(self.exponents).get(order)
-        if isinstance(override, tuple):
-            override = dict(override).get(dim)
-        return 1 / (2 * max(order, 1)) if override is None else override
-
-    def _corrected(self, factor: Tensor, step: Tensor) -> Tensor:
-        """Return the matrix whose root is taken."""
-        if self.bias_correction and not self._sums:
-            # a block that has seen no gradient would divide 0 by 0
-            factor = factor / linalg.bias_correction(self.beta2, step.clamp(min=1), factor)
-        if self.trace_scaling is not None:
-            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            trace = (factor * eye).sum((-2, -1)).clamp(min=self.root.epsilon)
-            factor = factor * trace.pow(-self.trace_scaling)[..., None, None]
-        return factor
+    def reads(self, function: str) -> frozenset[str]:
+        """Return what is read: plain statistics need no roots, and the direction no statistics."""
+        read = {
+            "accumulate": {"factor", "root"} if self.kl else {"factor"},
+            "refresh": {"factor", "root"},
+            "apply": {"root"},
+        }
+        return frozenset(read.get(function, ()))
 
 
 def kronecker(
     beta2: Scalar = 1.0,
     *,
-    root: linalg.EighRoot | None = None,
+    root: linalg.RootSolver | linalg.Guarded | None = None,
+    kl: bool = False,
+    normalize: bool = False,
     bias_correction: bool = True,
     exponents: Mapping[int, float | Mapping[int, float]] | None = None,
+    sides: Sides = "all",
     max_dim: int | None = None,
     trace_scaling: float | None = None,
+    drop_weighting: bool = False,
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> Kronecker:
     """Shampoo's preconditioner: the Kronecker product of one factor per dimension.
 
@@ -146,23 +137,40 @@ def kronecker(
     unfolded along dimension i, and the direction is G x_1 F_1^(-p) x_2 ... x_k F_k^(-p) with
     p = 1/(2k): for a matrix L^(-1/4) G R^(-1/4).
 
+    With `kl`, the Gram matrix of dimension i is that of G multiplied by the cached roots of all
+    other dimensions: for a matrix L <- beta2 L + (1 - beta2) G R^(-2p) G^T. With `normalize`
+    and exponents 1/2 that is KL-Shampoo as in its paper (`kl_shampoo`); without either it is
+    what Distributed Shampoo calls so.
+
     Args:
         beta2: Decay of the factors, a number in [0, 1] or a 0-d tensor; the number 1 means the
             plain sum of AdaGrad, without bias correction.
-        root: Inverse root solver; `eigh_root()` if not given.
+        root: Inverse root solver; `eigh_root()` if not given. `guarded(...)` asks it for a
+            small residual.
+        kl: Whether gradients are whitened along the other dimensions before their product.
+        normalize: Whether a Gram matrix is divided by the number of elements summed in each of
+            its entries, the product of the other dimensions.
         bias_correction: Whether a root is taken of F / (1 - beta2^t).
         exponents: p by order, `{2: 0.5}`, or by order and dimension, `{3: {0: 0.0, 1: 0.25}}`;
             0.0 leaves a dimension unpreconditioned, without a factor.
+        sides: Which dimensions are preconditioned: "all"; or one, with p = 1/2: the first
+            ("left"), the last ("right"), or the "smaller" (arXiv 2503.20762).
         max_dim: Dimensions larger than this are left unpreconditioned.
         trace_scaling: Scale the matrix by its trace to minus this power before the root; None
             for no scaling (arXiv 2506.03595).
+        drop_weighting: Whether a new Gram matrix enters with weight 1 and not 1 - beta2; then
+            there is no bias correction.
         factor_dtype: dtype of the factors; at least float32 and the block's own if not given.
-        root_dtype: dtype of the roots and of the products with them; as the factors if not given.
+        root_dtype: dtype of the roots, and (at least float32) of the products with them; as the
+            factors if not given.
+        product_dtype: dtype of the products of gradients, float32 or float64; as the factors,
+            and at least float32, if not given.
 
     Raises:
         HyperparameterError: If a number is out of range.
 
-    Source: arXiv 1802.09568, algorithm 2; arXiv 2309.06497, algorithm 1.
+    Source: arXiv 1802.09568, algorithm 2; arXiv 2309.06497, algorithm 1; arXiv 2509.03378
+    (KL-Shampoo).
 
     Example:
         >>> tx = kronecker(beta2=1.0)
@@ -172,48 +180,28 @@ def kronecker(
         tensor([[1., 0., 0.],
                 [0., 1., 0.]])
     """
-    check_number("beta2", beta2, high=1.0)
-    if max_dim is not None:
-        check_count("max_dim", max_dim)
-    if trace_scaling is not None:
-        check_number("trace_scaling", trace_scaling, high=1.0, low_open=True)
-    check_dtype("factor_dtype", factor_dtype)
     check_dtype("root_dtype", root_dtype)
-    if root is not None and not isinstance(root, linalg.EighRoot):
-        raise HyperparameterError(f"root must be a root solver such as eigh_root(), got {root!r}.")
-    overrides: Any = {} if exponents is None else exponents
-    return Kronecker(
+    factors = factors_of(
         beta2,
-        linalg.eigh_root() if root is None else root,
-        bias_correction,
-        _frozen_exponents(overrides),
-        max_dim,
-        trace_scaling,
-        factor_dtype,
-        root_dtype,
+        bias_correction=bias_correction,
+        exponents=exponents,
+        sides=sides,
+        max_dim=max_dim,
+        trace_scaling=trace_scaling,
+        normalize=normalize,
+        drop_weighting=drop_weighting,
+        dtype=factor_dtype,
+        product_dtype=product_dtype,
     )
+    return Kronecker(factors, _guarded(root), kl, root_dtype)
 
 
-def _frozen_exponents(exponents: Mapping[int, float | Mapping[int, float]]) -> Exponents:
-    """Check the exponents and turn the mapping into sorted tuples, which hash."""
-    if not isinstance(exponents, Mapping):
-        raise HyperparameterError(
-            f"exponents must map orders to exponents, as in {{2: 0.5}}, got {exponents!r}."
-        )
-    frozen: list[tuple[int, float | tuple[tuple[int, float], ...]]] = []
-    for order, value in sorted(exponents.items()):
-        check_count("exponents: an order", order)
-        if isinstance(value, Mapping):
-            for dim, power in value.items():
-                check_count(f"exponents[{order}]: a dimension", dim, low=0)
-                if dim >= order:
-                    raise HyperparameterError(
-                        f"exponents[{order}] names dimension {dim}, but a block of order {order} "
-                        f"has only 0 to {order - 1}; name one of those."
-                    )
-                check_number(f"exponents[{order}][{dim}]", power)
-            frozen.append((order, tuple(sorted(value.items()))))
-        else:
-            check_number(f"exponents[{order}]", value)
-            frozen.append((order, value))
-    return tuple(frozen)
+def _guarded(root: linalg.RootSolver | linalg.Guarded | None) -> linalg.Guarded:
+    """Return the solver with a guard around it."""
+    if root is None:
+        return _default_root()
+    if isinstance(root, linalg.Guarded):
+        return root
+    if not isinstance(root, linalg.RootSolver):
+        raise HyperparameterError(f"root must be a root solver such as eigh_root(), got {root!r}.")
+    return linalg.guarded(root)

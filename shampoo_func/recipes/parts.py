@@ -8,7 +8,12 @@ from torch import Tensor
 
 from shampoo_func.types import Transformation
 
-__all__ = ["is_zero", "unless_zero"]
+__all__ = ["is_matrix", "is_zero", "unless_zero"]
+
+
+def is_matrix(path: str, leaf: Tensor) -> bool:
+    """Whether a parameter has two dimensions or more."""
+    return leaf.ndim >= 2
 
 
 def is_zero(value: Any) -> bool:

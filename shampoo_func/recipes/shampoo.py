@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from shampoo_func import linalg
+from shampoo_func.codecs import Codec
 from shampoo_func.errors import HyperparameterError, check_choice, check_number
 from shampoo_func.preconditioners import (
     graft,
     identity_preconditioner,
     kronecker,
+    quantized,
     second_moment,
 )
 from shampoo_func.recipes.parts import is_zero, unless_zero
 from shampoo_func.transforms import (
     Chain,
+    Policy,
     add_decayed_weights,
     blocked,
     chain,
@@ -60,9 +63,12 @@ def shampoo(
     exponents: Mapping[int, float | Mapping[int, float]] | None = None,
     max_dim: int | None = None,
     trace_scaling: float | None = None,
-    root: linalg.EighRoot | None = None,
+    root: linalg.RootSolver | linalg.Guarded | None = None,
+    kl: bool = False,
+    policy: Policy | None = None,
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
+    storage: Codec | Mapping[str, Codec] | None = None,
 ) -> Chain:
     """Shampoo with blocks, grafting, momentum and decay, as in Distributed Shampoo.
 
@@ -102,8 +108,14 @@ def shampoo(
         max_dim: Dimensions of blocks larger than this are left alone.
         trace_scaling: See `kronecker`.
         root: Inverse root solver; `eigh_root(epsilon)` if not given. Excludes `epsilon`.
+        kl: Whether the factors are those of KL-Shampoo, as Distributed Shampoo takes them, see
+            `kronecker`; for the paper's form see `kl_shampoo`.
+        policy: Another refresh policy, `staggered(10)` for instance, in the place of
+            `refresh_every` and `start`.
         factor_dtype: dtype of the factors.
         root_dtype: dtype of the roots.
+        storage: A codec, or codecs by role, for what is kept of factors, roots and grafting
+            moments between steps, see `quantized`.
 
     Raises:
         HyperparameterError: If an argument is of the wrong kind or range.
@@ -127,6 +139,7 @@ def shampoo(
     direction: Preconditioner = kronecker(
         beta2,
         root=linalg.eigh_root(epsilon) if root is None else root,
+        kl=kl,
         bias_correction=bias_correction,
         exponents=exponents,
         max_dim=max_dim,
@@ -136,12 +149,16 @@ def shampoo(
     )
     magnitude = _grafted_method(grafting, beta2, grafting_epsilon)
     averaged = ema(beta1, bias_correction=bias_correction, lookahead=beta3)
+    preconditioner = (
+        direction if magnitude is None else graft(direction=direction, magnitude=magnitude)
+    )
     shampoo_direction = blocked(
         precondition(
-            direction if magnitude is None else graft(direction=direction, magnitude=magnitude),
+            preconditioner if storage is None else quantized(preconditioner, storage),
             filter=identity() if is_zero(beta1) else averaged,
-            refresh_every=refresh_every,
+            refresh_every=refresh_every if policy is None else 1,
             start=start,
+            policy=policy,
         ),
         block_size=block_size,
         merge_dims=merge_dims,

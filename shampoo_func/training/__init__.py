@@ -5,4 +5,11 @@ from shampoo_func.training.donate import donate
 from shampoo_func.training.sweep import Sweep, stack_copies, sweep
 from shampoo_func.training.updates import apply_updates
 
-__all__ = ["Sweep", "apply_updates", "donate", "refresh_due", "stack_copies", "sweep"]
+__all__ = [
+    "Sweep",
+    "apply_updates",
+    "donate",
+    "refresh_due",
+    "stack_copies",
+    "sweep",
+]

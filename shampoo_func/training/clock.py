@@ -22,8 +22,8 @@ def refresh_due(tx: Transformation, step: int) -> bool:
         False for a transformation that has nothing to refresh.
 
     Raises:
-        RefreshError: If stages refresh on different schedules, so that one answer cannot serve
-            all; give them one schedule, or pass `refresh=None`.
+        RefreshError: If stages refresh by different policies, so that one answer cannot serve
+            all; give them one policy, or pass `refresh=None`.
 
     Example:
         >>> from shampoo_func.recipes import shampoo
@@ -32,11 +32,11 @@ def refresh_due(tx: Transformation, step: int) -> bool:
         [4, 6, 9]
     """
     check_count("step", step)
-    answers = {bool(schedule.due(step)) for schedule in tx.refresh_schedules}
-    if len(tx.refresh_schedules) > 1:
-        listed = ", ".join(str(schedule) for schedule in sorted(tx.refresh_schedules, key=str))
+    answers = {bool(policy.due(step)) for policy in tx.refresh_policies}
+    if len(tx.refresh_policies) > 1:
+        listed = ", ".join(str(policy) for policy in sorted(tx.refresh_policies, key=str))
         raise RefreshError(
-            f"the stages refresh on different schedules ({listed}); give them the same "
+            f"the stages refresh by different policies ({listed}); give them the same "
             "refresh_every and start, or pass refresh=None to decide from the state."
         )
     return answers == {True}

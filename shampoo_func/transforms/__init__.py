@@ -31,6 +31,7 @@ from shampoo_func.transforms.clipping import (
 )
 from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
 from shampoo_func.transforms.evaluate import eval_params
+from shampoo_func.transforms.failures import check_failures
 from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
 from shampoo_func.transforms.hyperparams import (
     WithHyperparams,
@@ -51,6 +52,15 @@ from shampoo_func.transforms.named import (
     scale_by_shampoo,
 )
 from shampoo_func.transforms.partition import Masked, Partition, masked, partition
+from shampoo_func.transforms.policies import (
+    Adaptive,
+    Every,
+    Policy,
+    Probabilistic,
+    adaptive,
+    every,
+    probabilistic,
+)
 from shampoo_func.transforms.precondition import Precondition, PreconditionState, precondition
 from shampoo_func.transforms.scaling import (
     Identity,
@@ -69,10 +79,12 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
+from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
     "Accumulate",
     "AccumulateState",
+    "Adaptive",
     "AddDecayedWeights",
     "ApplyIfFinite",
     "ApplyIfFiniteState",
@@ -84,19 +96,23 @@ __all__ = [
     "ClipByGlobalNorm",
     "Ema",
     "EmaState",
+    "Every",
     "Identity",
     "Masked",
     "Partition",
+    "Policy",
     "Precondition",
     "PreconditionState",
     "PrimalAveraging",
     "PrimalAveragingState",
+    "Probabilistic",
     "Scale",
     "ScaleByLearningRate",
     "ScaleBySchedule",
     "ScheduleFree",
     "ScheduleFreeState",
     "ScheduleState",
+    "Staggered",
     "Trace",
     "TraceState",
     "WeightEma",
@@ -106,16 +122,19 @@ __all__ = [
     "WithHyperparams",
     "WithHyperparamsState",
     "accumulate",
+    "adaptive",
     "add_decayed_weights",
     "apply_if_finite",
     "blocked",
     "chain",
+    "check_failures",
     "clip",
     "clip_by_global_norm",
     "constant_schedule",
     "cosine_decay_schedule",
     "ema",
     "eval_params",
+    "every",
     "global_norm",
     "identity",
     "join_schedules",
@@ -126,6 +145,7 @@ __all__ = [
     "piecewise_constant_schedule",
     "precondition",
     "primal_averaging",
+    "probabilistic",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
@@ -134,6 +154,7 @@ __all__ = [
     "scale_by_schedule",
     "scale_by_shampoo",
     "schedule_free",
+    "staggered",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",

@@ -13,7 +13,7 @@ from shampoo_func.errors import HyperparameterError, check_count
 from shampoo_func.transforms.base import Wrapper
 from shampoo_func.transforms.control import when
 from shampoo_func.transforms.scaling import first_step
-from shampoo_func.types import RefreshSchedule, Transformation, Tree
+from shampoo_func.types import RefreshPolicy, Transformation, Tree
 
 __all__ = ["Accumulate", "AccumulateState", "accumulate"]
 
@@ -34,12 +34,13 @@ class Accumulate(Wrapper):
     every: int
 
     @property
-    def refresh_schedules(self) -> frozenset[RefreshSchedule]:
-        """The inner schedules, counted in calls of this stage."""
-        return frozenset(
-            replace(schedule, every=schedule.every * self.every)
-            for schedule in self.inner.refresh_schedules
-        )
+    def refresh_policies(self) -> frozenset[RefreshPolicy]:
+        """The inner policies, counted in calls of this stage."""
+        policies: list[Any] = [
+            replace(policy, calls=policy.calls * self.every)  # type: ignore[type-var]
+            for policy in self.inner.refresh_policies
+        ]
+        return frozenset(policies)
 
     def init(self, params: Tree) -> AccumulateState:
         """Return a zero mean in at least float32, and the inner state."""

@@ -65,23 +65,19 @@ def move(
 
     `new_weight` is 1 - mu_x for every parameter, the weight of the new z in x.
     """
-    shrink = None
     if isinstance(decay, Tensor) or decay != 0:
-        shrink = 1 - rate * decay
+        z = tree.advance(lambda own, _: linalg.scaled(own, 1 - rate * decay), z, updates)
+    steps = tree.map(lambda update, own: linalg.scaled(update.to(own.dtype), -rate), updates, z)
 
-    def decayed(own: Tensor) -> Tensor:
-        return own if shrink is None else linalg.scaled(own, shrink)
-
-    def step(own: Tensor, update: Tensor) -> Tensor:
-        return linalg.scaled(update.to(own.dtype), -rate)
-
-    def to_next_y(update: Tensor, own: Tensor, param: Tensor, weight: Scalar) -> Tensor:
-        towards_z = linalg.scaled(decayed(own) - param.to(own.dtype), weight)
+    def to_next_y(
+        update: Tensor, step: Tensor, own: Tensor, param: Tensor, weight: Scalar
+    ) -> Tensor:
         own_share = 1 - train_interpolation * (1 - weight)
-        return (linalg.scaled(step(own, update), own_share) + towards_z).to(update.dtype)
+        towards_z = linalg.scaled(own - param.to(own.dtype), weight)
+        return (linalg.scaled(step, own_share) + towards_z).to(update.dtype)
 
-    out = tree.map(to_next_y, updates, z, params, new_weight)
-    return out, tree.advance(lambda own, update: decayed(own) + step(own, update), z, updates)
+    out = tree.map(to_next_y, updates, steps, z, params, new_weight)
+    return out, tree.advance(lambda own, _, step: own + step, z, updates, steps)
 
 
 def solve_x(z: Tree, params: Tree, train_interpolation: Scalar) -> Tree:

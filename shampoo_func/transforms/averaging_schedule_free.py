@@ -113,6 +113,9 @@ def schedule_free(
     start, as in a warm-up, has weight 0 and moves nothing. The sum runs over a parameter's own
     updates, so one whose gradients begin late has the right mean of its own z.
 
+    Keep the parameters in float32: the share of one update in y falls as 1/t, soon below what
+    bfloat16 resolves.
+
     Args:
         learning_rate: A number >= 0, a 0-d tensor, or a schedule of the step.
         train_interpolation: mu_y, in (0, 1].

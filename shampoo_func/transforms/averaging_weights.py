@@ -133,6 +133,8 @@ class WeightLawa(Averaging):
         """Pass the updates on, and put the parameters that they lead to into the ring."""
         self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
+        entries = tree.map(lambda ring, step: ring.select(step.ndim, 0), state.ring, state.step)
+        tree.check_updates(updates, entries)
         step = tree.advance_counters(state.step, updates)
 
         def put(old: Tensor, update: Tensor, param: Tensor, count: Tensor) -> Tensor:

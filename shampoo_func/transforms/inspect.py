@@ -14,7 +14,7 @@ from shampoo_func.transforms.chain import Chain
 from shampoo_func.transforms.partition import Masked, Partition
 from shampoo_func.types import Transformation, Tree
 
-__all__ = ["BlockView", "parameter_state"]
+__all__ = ["BlockView", "SubState", "block_views", "parameter_state", "sub_states"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +66,69 @@ def parameter_state(tx: Transformation, state: Any, params: Tree, path: str) -> 
 
 
 def _view(tx: Transformation, state: Any, params: Tree, path: str) -> Any:
-    if isinstance(tx, Chain):
-        return {name: _view(stage, state[name], params, path) for name, stage in tx.stages}
+    parts = sub_states(tx, state, params)
+    if parts is not None:
+        found = {
+            part.name: _view(part.tx, part.state, part.params, path)
+            for part in parts
+            if path in tree.paths(part.params)
+        }
+        return found.get("", {}) if isinstance(tx, Masked) else found
     if isinstance(tx, Blocked):
-        return _block_views(tx, state, params, path)
-    if isinstance(tx, Masked):
-        found = _view_part(tx._partition(params), {"chosen": state}, params, path)
-        return found.get("chosen", {})
-    if isinstance(tx, Partition):
-        return _view_part(tx, state, params, path)
+        return block_views(tx, state, params, path)
     if len(tx.children) == 1 and hasattr(state, "inner"):
         cut = _cut_down(state._replace(inner=()), params, path)
         return cut._replace(inner=_view(tx.children[0], state.inner, params, path))
     return _cut_down(state, params, path)
 
 
-def _view_part(tx: Partition, state: dict[str, Any], params: Tree, path: str) -> dict[str, Any]:
-    """Return the view under the label of the parameter, if its state is there."""
-    flat = dict(zip(tree.paths(params), tree.leaves(params), strict=True))
-    label = tx.label(path, flat[path])
-    group = {name: leaf for name, leaf in flat.items() if tx.label(name, leaf) == label}
-    inner = dict(tx.transformations)[label]
-    # inside, parameters are one dict keyed by whole paths
-    return {label: _view(inner, state[label], group, path)} if label in state else {}
+@dataclass(frozen=True, slots=True)
+class SubState:
+    """A transformation inside another, its state, and the parameters that it sees.
+
+    name: the stage's or the label; empty for what has none.
+    """
+
+    name: str
+    tx: Transformation
+    state: Any
+    params: Tree
 
 
-def _block_views(tx: Blocked, state: dict[str, Any], params: Tree, path: str) -> list[BlockView]:
-    """Return the blocks of a parameter in row-major order, each with its row of the state."""
+def sub_states(tx: Transformation, state: Any, params: Tree) -> list[SubState] | None:
+    """Return what a chain, partition or mask is made of; None for anything else."""
+    if isinstance(tx, Chain):
+        return [SubState(name, stage, state[name], params) for name, stage in tx.stages]
+    if isinstance(tx, Masked):
+        partition = tx._partition(params)
+        return [SubState("", tx.inner, state, partition._split(params, params)["chosen"])]
+    if isinstance(tx, Partition):
+        # inside, parameters are one dict keyed by whole paths
+        groups = tx._split(params, params)
+        return [
+            SubState(name, inner, state[name], groups[name])
+            for name, inner in tx.transformations
+            if name in state
+        ]
+    return None
+
+
+def block_views(
+    tx: Blocked, state: Any, params: Tree, path: str, *, runs: int = 0
+) -> list[BlockView]:
+    """Return the blocks of a parameter in row-major order, each with its row of the state.
+
+    Args:
+        tx: The stage.
+        state: Its state.
+        params: The parameters of one run.
+        path: The dotted path of one of them.
+        runs: How many dimensions stand before the block dimension (one in a sweep).
+    """
     parameter = tx.plan(params).parameters[tree.paths(params).index(path)]
     views = []
     for start, shape, stack, row in parameter.blocks():
-        own = tree.map(lambda leaf, row=row: leaf[row], state[stack])
+        own = tree.map(lambda leaf, row=row: leaf.select(runs, row), state[stack])
         views.append(BlockView(start, shape, own))
     return views
 

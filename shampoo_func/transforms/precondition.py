@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from shampoo_func import tree
-from shampoo_func.errors import HyperparameterError, TreeMismatchError, check_count
-from shampoo_func.transforms.control import when
+from shampoo_func.errors import (
+    HyperparameterError,
+    TreeMismatchError,
+    check_choice,
+    check_count,
+)
+from shampoo_func.transforms.policies import Policy, every
 from shampoo_func.transforms.scaling import Identity
-from shampoo_func.types import Preconditioner, RefreshSchedule, Transformation, Tree
+from shampoo_func.types import EmptyState, Preconditioner, RefreshPolicy, Transformation, Tree
 
 __all__ = ["Precondition", "PreconditionState", "precondition"]
 
@@ -21,12 +26,14 @@ class PreconditionState(NamedTuple):
     """State of `precondition`.
 
     step: int64 counters, one per parameter (one per block inside `blocked`). filter: the
-    filter's state. preconditioner: the preconditioner's state for every parameter.
+    filter's state. preconditioner: the preconditioner's state for every parameter. clock:
+    counters as `step`, the update of the latest refresh, if the policy keeps them.
     """
 
     step: Tree
     filter: Any
     preconditioner: Tree
+    clock: Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +42,8 @@ class Precondition(Transformation):
 
     preconditioner: Preconditioner
     filter: Transformation
-    refresh_every: int
-    start: float
+    policy: Policy
+    statistics: Literal["before", "after"] = "before"
 
     @property
     def children(self) -> tuple[Transformation, ...]:
@@ -49,14 +56,9 @@ class Precondition(Transformation):
         return self.filter.extras | {"refresh"}
 
     @property
-    def schedule(self) -> RefreshSchedule:
-        """When roots are recomputed."""
-        return RefreshSchedule(self.refresh_every, self.start)
-
-    @property
-    def refresh_schedules(self) -> frozenset[RefreshSchedule]:
-        """The schedule of this stage, if its preconditioner has anything to refresh."""
-        return frozenset({self.schedule} if self.preconditioner.refreshes else ())
+    def refresh_policies(self) -> frozenset[RefreshPolicy]:
+        """The policy of this stage, if its preconditioner has anything to refresh."""
+        return frozenset({self.policy} if self.preconditioner.refreshes else ())
 
     def init(self, params: Tree) -> PreconditionState:
         """Return the state of filter and preconditioner; every parameter is one block."""
@@ -64,6 +66,7 @@ class Precondition(Transformation):
             step=tree.counters(params),
             filter=self.filter.init(params),
             preconditioner=tree.map(self.preconditioner.init, params),
+            clock=tree.counters(params) if self.policy.keeps_clock else EmptyState(),
         )
 
     def update(
@@ -85,19 +88,43 @@ class Precondition(Transformation):
         self._check_state(updates, state)
         filtered, filter_state = self.filter.update(updates, state.filter, params, **extra)
         step = tree.advance_counters(state.step, updates)
-        inner = tree.advance(self.preconditioner.accumulate, state.preconditioner, updates)
-        if not self.preconditioner.refreshes:
-            refresh = False
-        if refresh is None and not math.isinf(self.start):
-            inner = tree.advance(self._refresh_if_due, inner, updates, step)
-        elif refresh:
-            inner = tree.advance(lambda own, _: self.preconditioner.refresh(own), inner, updates)
+        inner, clock = state.preconditioner, state.clock
+        if self.statistics == "before":
+            inner, clock = self._take_in(inner, clock, updates, step, refresh)
+        inner = tree.advance(self.preconditioner.correct, inner, updates)
 
         def apply(update: Tensor, direction: Tensor, own: Any) -> Tensor:
             return self.preconditioner.apply(own, direction).to(update.dtype)
 
         out = tree.map(apply, updates, filtered, inner)
-        return out, PreconditionState(step, filter_state, inner)
+        if self.statistics == "after":
+            inner, clock = self._take_in(inner, clock, updates, step, refresh)
+        return out, PreconditionState(step, filter_state, inner, clock)
+
+    def _take_in(
+        self, inner: Tree, clock: Tree, updates: Tree, step: Tree, refresh: bool | None
+    ) -> tuple[Tree, Tree]:
+        """Accumulate the gradients and refresh what is due."""
+        inner = tree.advance(self.preconditioner.accumulate, inner, updates)
+        never = refresh is None and math.isinf(self.policy.start)
+        if refresh is False or never or not self.preconditioner.refreshes:
+            return inner, clock
+        flat, structure = tree.flatten(updates)
+        states = tree.flatten_up_to(structure, inner, updates)
+        steps = tree.flatten_up_to(structure, step, updates)
+        clocks = [None] * len(flat)
+        if self.policy.keeps_clock:
+            clocks = tree.flatten_up_to(structure, clock, updates)
+        after = [
+            (own, ticks)
+            if leaf is None
+            else self.policy.refresh(self.preconditioner, own, ticks, count, refresh is True)
+            for leaf, own, ticks, count in zip(flat, states, clocks, steps, strict=True)
+        ]
+        inner = tree.unflatten(structure, [own for own, _ in after])
+        if self.policy.keeps_clock:
+            clock = tree.unflatten(structure, [ticks for _, ticks in after])
+        return inner, clock
 
     def _check_state(self, updates: Tree, state: PreconditionState) -> None:
         """Check that every gradient has the shape that its preconditioner was made for."""
@@ -117,16 +144,6 @@ class Precondition(Transformation):
                     "gradient of that parameter, or call init again with the new parameters."
                 )
 
-    def _refresh_if_due(self, state: Any, update: Tensor, step: Tensor) -> Any:
-        """Refresh the blocks whose own clock says so."""
-        due = self.schedule.due(step)
-
-        def refresh(operand: Any) -> Any:
-            own, due = operand
-            return tree.select(due, self.preconditioner.refresh(own), own), due
-
-        return when(due.any(), refresh, (state, due))[0]
-
 
 def precondition(
     preconditioner: Preconditioner,
@@ -134,6 +151,8 @@ def precondition(
     filter: Transformation | None = None,
     refresh_every: int = 1,
     start: float | None = None,
+    policy: Policy | None = None,
+    statistics: Literal["before", "after"] = "before",
 ) -> Precondition:
     """Make a preconditioner a transformation.
 
@@ -141,6 +160,9 @@ def precondition(
     (t mod refresh_every = 0 and t > start) or t = start, so with statistics that contain this
     gradient; and is applied to the gradient as the filter returns it. Before `start` a
     Kronecker preconditioner is the identity, and a graft the grafted method's own update.
+
+    With `statistics="after"` the gradient is applied first, to what the earlier ones have made
+    of the statistics, and then taken in, as SOAP's and KL-Shampoo's own code do.
 
     `update` takes the extra argument `refresh`: None decides from `state.step` (a branch on
     the host when eager, `torch.cond` when compiled); True or False is static, and gives a
@@ -155,6 +177,10 @@ def precondition(
         refresh_every: Updates between two refreshes.
         start: The first update that refreshes; `refresh_every` if not given, `math.inf` for
             never.
+        policy: Another rule of when to refresh which blocks, in the place of the last two:
+            `adaptive(...)`, `probabilistic(...)`, `staggered(...)`.
+        statistics: Whether the statistics take in a gradient "before" or "after" it is
+            preconditioned with them.
 
     Raises:
         HyperparameterError: If an argument is of the wrong kind or range.
@@ -176,12 +202,22 @@ def precondition(
     chosen = Identity() if filter is None else filter
     if not isinstance(chosen, Transformation):
         raise HyperparameterError(f"filter must be a transformation, got {chosen!r}.")
+    check_choice("statistics", statistics, ("before", "after"))
     check_count("refresh_every", refresh_every)
-    first = refresh_every if start is None else start
-    if first != math.inf:
-        check_count("start", first)
-        if first < refresh_every:
+    if policy is None:
+        policy = every(refresh_every, start=start)
+        if policy.start < refresh_every:
             raise HyperparameterError(
-                f"start must be at least refresh_every={refresh_every} (or math.inf), got {first}."
+                f"start must be at least refresh_every={refresh_every} (or math.inf), got {start}; "
+                "policy=every(refresh_every, start=...) begins as early as you like."
             )
-    return Precondition(preconditioner, chosen, refresh_every, first)
+    elif not isinstance(policy, Policy):
+        raise HyperparameterError(
+            f"policy must be a refresh policy such as staggered(10), got {policy!r}."
+        )
+    elif refresh_every != 1 or start is not None:
+        raise HyperparameterError(
+            f"policy={policy!r} is given along with refresh_every={refresh_every} or "
+            f"start={start}; give the period and the start to the policy."
+        )
+    return Precondition(policy.prepare(preconditioner), chosen, policy, statistics)

@@ -1,0 +1,213 @@
+"""States to flat dicts of named tensors, and back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_func import tree
+from shampoo_func.checkpoint import metadata, packing
+from shampoo_func.checkpoint.entries import Entry, Walk, by_key, named_entries
+from shampoo_func.errors import CheckpointError
+from shampoo_func.types import Transformation, Tree
+
+__all__ = ["carried_over", "fill", "first_state", "from_state_dict", "to_state_dict"]
+
+SYMMETRIC = ("factor", "root")
+UPPER = "/upper"
+
+
+def to_state_dict(
+    tx: Transformation, state: Any, params: Tree, *, pack_symmetric: bool = False
+) -> dict[str, Tensor]:
+    """Return a state as a flat dict of named tensors.
+
+    Names are `state/<stage>/<field>/<parameter>` and, for blocks,
+    `state/<stage>/<parameter>/b<row>_<column>/<field>`: they do not depend on how parameters
+    are nested, nor on which blocks share a stack. `metadata` holds the format, the block sizes,
+    the dtypes and a fingerprint as the bytes of a JSON text. Every tensor is contiguous and has
+    memory of its own, so `torch.save`, safetensors and `torch.distributed.checkpoint` take the
+    dict as it is, and `torch.load(..., weights_only=True)` returns it.
+
+    Args:
+        tx: The transformation.
+        state: Its state.
+        params: The parameters it was made for.
+        pack_symmetric: Store symmetric matrices (factors and roots) as their upper triangles,
+            under their name with `/upper`. One whose two triangles are not the same in every
+            bit is stored whole.
+
+    Raises:
+        CheckpointError: If two leaves get the same name, or the state holds something that is
+            no tensor.
+
+    Example:
+        >>> from shampoo_func.transforms import chain, scale_by_shampoo, trace
+        >>> tx, params = chain(scale_by_shampoo(block_size=4), trace(0.9)), {"w": torch.ones(8, 4)}
+        >>> saved = to_state_dict(tx, tx.init(params), params)
+        >>> [name for name in saved if name.endswith("roots/0") or "trace" in name]
+        ['state/precondition/w/b0_0/preconditioner/roots/0',
+         'state/precondition/w/b1_0/preconditioner/roots/0',
+         'state/trace/trace/w']
+    """
+    walk = Walk(tx, state, params)
+    saved: dict[str, Tensor] = {}
+    for key, entry in by_key(walk.entries).items():
+        value = entry.tensor.detach()
+        if pack_symmetric and entry.role in SYMMETRIC and packing.is_symmetric(value):
+            saved[key + UPPER] = packing.pack(value)
+        else:
+            saved[key] = value.clone(memory_format=torch.contiguous_format)
+    saved[metadata.KEY] = metadata.encode(metadata.describe(walk, packed=pack_symmetric))
+    return saved
+
+
+def from_state_dict(tx: Transformation, params: Tree, state_dict: Mapping[str, Tensor]) -> Any:
+    """Return the state that `to_state_dict` saved, bit for bit.
+
+    Keys that do not begin with `state/` are left alone, so one dict may hold more.
+
+    Args:
+        tx: The transformation; hyper-parameters may have changed, the shapes of its state not.
+        params: The parameters; their values do not matter, their paths and shapes do.
+        state_dict: What `to_state_dict` returned, on any device.
+
+    Raises:
+        CheckpointError: If it does not fit: the message says which keys are missing or
+            unexpected, and which block sizes, shapes or dtypes differ.
+
+    Example:
+        >>> from shampoo_func.transforms import trace
+        >>> tx, params = trace(0.9), {"w": torch.ones(2)}
+        >>> _, state = tx.update({"w": torch.ones(2)}, tx.init(params))
+        >>> from_state_dict(tx, params, to_state_dict(tx, state, params))
+        TraceState(trace={'w': tensor([1., 1.])})
+    """
+    state = first_state(tx, params)
+    walk = Walk(tx, state, params)
+    entries = by_key(walk.entries)
+    described = metadata.check(state_dict, walk)
+    saved = {key: value for key, value in state_dict.items() if key.startswith("state/")}
+    fill(entries, saved)
+    if described.get("fingerprint") != metadata.describe(walk, packed=False)["fingerprint"]:
+        raise CheckpointError(
+            "the checkpoint's metadata is of another state than its tensors; it was put together "
+            "from two checkpoints."
+        )
+    return state
+
+
+def fill(entries: Mapping[str, Entry], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into the entries of the same names, after checking them all.
+
+    Args:
+        entries: What is to be written.
+        saved: The values; each under the name of its entry, with `/upper` if packed.
+
+    Raises:
+        CheckpointError: If names, shapes or dtypes differ.
+    """
+    problems: list[str] = []
+    missing = [key for key in entries if key not in saved and key + UPPER not in saved]
+    known = {*entries, *(key + UPPER for key in entries)}
+    problems += _listed("missing", missing)
+    problems += _listed("unexpected", [key for key in saved if key not in known])
+    different = [
+        f"{key!r} is {_kind(value, packed)}, expected {_kind(entry.tensor)}"
+        for key, entry in entries.items()
+        for value, packed in (_found(key, saved),)
+        if value is not None and not _fits(value, packed, entry.tensor)
+    ]
+    problems += different[:3]
+    problems += [f"and {len(different) - 3} more"] if len(different) > 3 else []
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint does not fit: {'; '.join(problems)}. Build the optimizer with the "
+            "settings, and for the parameters, that it was saved with."
+        )
+    with torch.no_grad():
+        for key, entry in entries.items():
+            value, packed = _found(key, saved)
+            if packed:
+                value = packing.unpack(value, entry.tensor.shape[-1])
+            entry.tensor.copy_(value)
+
+
+def carried_over(
+    old: tuple[Transformation, Any, Tree], tx: Transformation, params: Tree
+) -> tuple[Any, list[str]]:
+    """Return a new state with all that an old one has of it, and the names that found no place.
+
+    Args:
+        old: A transformation, its state and its parameters.
+        tx: The new transformation.
+        params: The new parameters.
+    """
+    before = named_entries(*old)
+    state = first_state(tx, params)
+    after = named_entries(tx, state, params)
+    kept = {
+        key: entry.tensor
+        for key, entry in before.items()
+        if key in after and _fits(entry.tensor, False, after[key].tensor)
+    }
+    fill({key: after[key] for key in kept}, kept)
+    return state, [key for key in before if key not in kept]
+
+
+def first_state(tx: Transformation, params: Tree) -> Any:
+    """Return a first state whose leaves share no memory, so that each can be written.
+
+    Args:
+        tx: The transformation.
+        params: The parameters, which a state may begin as.
+    """
+    params = tree.map(torch.detach, params)
+    taken = {_memory(leaf) for leaf in tree.leaves(params)}
+
+    def own(leaf: Tensor) -> Tensor:
+        memory = _memory(leaf)
+        if memory in taken or 0 in leaf.stride():
+            return leaf.clone()
+        taken.add(memory)
+        return leaf
+
+    return tree.map(own, tx.init(params))
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what tensors that share memory have in common."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _found(key: str, saved: Mapping[str, Tensor]) -> tuple[Any, bool]:
+    """Return the value saved for an entry, and whether it is packed."""
+    if key in saved:
+        return saved[key], False
+    return saved.get(key + UPPER), True
+
+
+def _fits(value: Any, packed: bool, wanted: Tensor) -> bool:
+    shape = tuple(wanted.shape)
+    if packed:
+        size = shape[-1] if shape else 0
+        square = len(shape) >= 2 and shape[-2] == size
+        shape = (*shape[:-2], size * (size + 1) // 2) if square else (-1,)
+    return isinstance(value, Tensor) and value.dtype == wanted.dtype and value.shape == shape
+
+
+def _kind(value: Any, packed: bool = False) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    kind = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"{kind} (packed)" if packed else kind
+
+
+def _listed(what: str, keys: Iterable[str]) -> list[str]:
+    """Say which keys are missing or unexpected."""
+    found = sorted(keys)
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [f"{what}: {', '.join(map(repr, found[:3]))}{more}"] if found else []

@@ -1,0 +1,87 @@
+"""Doing dear work only for the matrices that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+
+__all__ = ["choose", "compute_where"]
+
+Tensors = tuple[Tensor, ...]
+
+
+def choose(flags: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return `new` where the flag of its leading dimensions is set, else `old`.
+
+    Args:
+        flags: bool `[*batch]`.
+        new: `[*batch, ...]`.
+        old: The same shape.
+
+    Example:
+        >>> choose(torch.tensor([True, False]), torch.ones(2, 2), torch.zeros(2, 2))
+        tensor([[1., 1.],
+                [0., 0.]])
+    """
+    if new is old:
+        return old
+    return torch.where(flags.reshape(flags.shape + (1,) * (new.ndim - flags.ndim)), new, old)
+
+
+def compute_where(
+    flags: Tensor, compute: Callable[..., Tensors], operands: Tensors, fallback: Tensors
+) -> Tensors:
+    """Return `compute(*operands)` for the matrices that are flagged, else `fallback`.
+
+    Eager code computes the flagged matrices alone; a compiled graph computes all or none
+    (`torch.cond`); under `torch.func.vmap` all are computed.
+
+    Args:
+        flags: bool `[*batch]`.
+        compute: Pure, from stacks to stacks, each matrix by itself.
+        operands: Stacks with the leading dimensions of `flags`.
+        fallback: Stacks shaped as the results.
+
+    Example:
+        >>> flags, x = torch.tensor([True, False]), torch.tensor([[4.0], [9.0]])
+        >>> compute_where(flags, lambda x: (x.sqrt(),), (x,), (x,))
+        (tensor([[2.],
+                [9.]]),)
+    """
+    if torch.compiler.is_compiling():
+        return _in_graph(flags, compute, operands, fallback)
+    if is_batchedtensor(flags):
+        return _chosen(flags, compute(*operands), fallback)
+    if flags.ndim != 1:
+        return _chosen(flags, compute(*operands), fallback) if bool(flags.any()) else fallback
+    rows = flags.nonzero()[:, 0]
+    if rows.numel() == 0:
+        return fallback
+    results = compute(*(operand[rows] for operand in operands))
+    return tuple(
+        whole.index_copy(0, rows, part) for whole, part in zip(fallback, results, strict=True)
+    )
+
+
+def _in_graph(
+    flags: Tensor, compute: Callable[..., Tensors], operands: Tensors, fallback: Tensors
+) -> Tensors:
+    given = len(operands)
+
+    def taken(flags: Tensor, *tensors: Tensor) -> Tensors:
+        # torch.cond forbids outputs that alias inputs
+        chosen = _chosen(flags, compute(*tensors[:given]), tensors[given:])
+        return tuple(tensor.clone() for tensor in chosen)
+
+    def kept(flags: Tensor, *tensors: Tensor) -> Tensors:
+        return tuple(tensor.clone() for tensor in tensors[given:])
+
+    result: Tensors = torch.cond(flags.any(), taken, kept, (flags, *operands, *fallback))
+    return tuple(result)
+
+
+def _chosen(flags: Tensor, new: Tensors, old: Tensors) -> Tensors:
+    return tuple(choose(flags, *pair) for pair in zip(new, old, strict=True))
