@@ -412,6 +412,38 @@ HYPERPARAMETERS = [
     *counts(sf.blocked, "block_size", inner=sf.identity()),
     *numbers(sf.clip, "max_value", -1.0, 0.0),
     *numbers(sf.clip_by_global_norm, "max_norm", -1.0, 0.0),
+    *[
+        row
+        for make in (
+            sf.auto_root,
+            sf.cholesky_root,
+            sf.higher_order_newton_root,
+            sf.newton_db_root,
+            sf.newton_root,
+            sf.newton_schulz_root,
+        )
+        for row in (
+            *numbers(make, "epsilon", -1e-8),
+            *numbers(make, "relative_epsilon", -1e-8, like=ONLY_NAN_AND_TEXT),
+        )
+    ],
+    *[
+        row
+        for make in (sf.higher_order_newton_root, sf.newton_db_root, sf.newton_root)
+        for row in (
+            *counts(make, "iterations"),
+            *counts(make, "max_iterations"),
+            *numbers(make, "tolerance", -1e-8, torch.tensor(1e-6), like=ONLY_NAN_AND_TEXT),
+        )
+    ],
+    *counts(sf.auto_root, "min_size"),
+    *counts(sf.auto_root, "iterations"),
+    *numbers(sf.chebyshev_root, "epsilon", -1e-8),
+    *numbers(sf.chebyshev_root, "offset", 0.0, -1.0, math.inf, torch.tensor(0.1), like=()),
+    *counts(sf.chebyshev_root, "degree"),
+    *counts(sf.higher_order_newton_root, "order"),
+    *numbers(sf.newton_schulz_root, "coefficients", "muon", (), ((1.0, 2.0),), 3, like=()),
+    *numbers(sf.eigh_root, "retry_double", 1.5, "yes", like=()),
     *numbers(sf.eigh_root, "epsilon", -1e-8),
     *numbers(sf.eigh_root, "relative_epsilon", -1e-8),
     *numbers(sf.eigh_root, "perturb", "between", like=()),

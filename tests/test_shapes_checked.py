@@ -26,7 +26,11 @@ from shampoo_func import blocks, linalg
 
 RIGHT = """
 for shape in ((3, 3), (2, 3, 3), (2, 5, 3, 3)):
-    assert sf.eigh_root()(torch.eye(3).expand(shape), 0.5).value.shape == shape
+    for make in (
+        sf.auto_root, sf.chebyshev_root, sf.cholesky_root, sf.eigh_root,
+        sf.higher_order_newton_root, sf.newton_db_root, sf.newton_root, sf.newton_schulz_root,
+    ):
+        assert make()(torch.eye(3).expand(shape), 0.5).value.shape == shape
 cutoff = sf.PseudoInverse().cutoff(torch.ones(2, 3))
 assert cutoff.shape == (2, 1)
 for shape in ((4,), (4, 3), (2, 3, 4)):

@@ -10,6 +10,7 @@ from shampoo_func.linalg.bases import (
     qr_basis,
 )
 from shampoo_func.linalg.control import choose, compute_where
+from shampoo_func.linalg.decompose import Eigh, eigh
 from shampoo_func.linalg.diagonal import diagonal, with_diagonal
 from shampoo_func.linalg.eigenpairs import eigenpairs
 from shampoo_func.linalg.layout import with_layout_of
@@ -24,7 +25,25 @@ from shampoo_func.linalg.polar import (
     svd_polar,
 )
 from shampoo_func.linalg.polar_coefficients import polar_express_coefficients
-from shampoo_func.linalg.roots import EighRoot, PseudoInverse, eigh_root
+from shampoo_func.linalg.roots import (
+    AutoRoot,
+    ChebyshevRoot,
+    CholeskyRoot,
+    EighRoot,
+    HigherOrderNewtonRoot,
+    NewtonDbRoot,
+    NewtonRoot,
+    NewtonSchulzRoot,
+    PseudoInverse,
+    auto_root,
+    chebyshev_root,
+    cholesky_root,
+    eigh_root,
+    higher_order_newton_root,
+    newton_db_root,
+    newton_root,
+    newton_schulz_root,
+)
 from shampoo_func.linalg.scaling import (
     align,
     bias_correction,
@@ -36,12 +55,20 @@ from shampoo_func.linalg.scaling import (
 from shampoo_func.linalg.solver import Guarded, Root, RootSolver, all_finite, guarded
 
 __all__ = [
+    "AutoRoot",
     "Basis",
     "BasisSolver",
+    "ChebyshevRoot",
+    "CholeskyRoot",
+    "Eigh",
     "EighBasis",
     "EighRoot",
     "Guarded",
+    "HigherOrderNewtonRoot",
+    "NewtonDbRoot",
+    "NewtonRoot",
     "NewtonSchulzPolar",
+    "NewtonSchulzRoot",
     "PolarMethod",
     "PseudoInverse",
     "QrBasis",
@@ -50,20 +77,28 @@ __all__ = [
     "SvdPolar",
     "align",
     "all_finite",
+    "auto_root",
     "bias_correction",
+    "chebyshev_root",
+    "cholesky_root",
     "choose",
     "compute_dtype",
     "compute_where",
     "diagonal",
     "eigenpairs",
+    "eigh",
     "eigh_basis",
     "eigh_root",
     "ema",
     "gram",
     "guarded",
+    "higher_order_newton_root",
     "mode_norms",
     "multiply",
+    "newton_db_root",
+    "newton_root",
     "newton_schulz_polar",
+    "newton_schulz_root",
     "normalized",
     "off_diagonal",
     "polar_express",

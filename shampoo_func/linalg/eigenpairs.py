@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from shampoo_func.linalg._shapes import Float
+from shampoo_func.linalg.decompose import eigh
 from shampoo_func.linalg.diagonal import diagonal, with_diagonal
 
 __all__ = ["eigenpairs"]
@@ -24,7 +25,7 @@ def eigenpairs(
     Theory 1 (1985) 179.
 
     Args:
-        matrix: Symmetric and finite.
+        matrix: Symmetric; one that cannot be decomposed gets NaN.
 
     Example:
         >>> eigenpairs(torch.diag(torch.tensor([3.0, 1.0])))[0]
@@ -64,7 +65,7 @@ class _Eigenpairs(torch.autograd.Function):
 
 
 def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors, _ = eigh(matrix, retry_double=True)
     return values, vectors.contiguous()
 
 

@@ -14,7 +14,7 @@ from shampoo_func.linalg._shapes import Bool, Float
 from shampoo_func.linalg.control import choose
 from shampoo_func.types import Scalar
 
-__all__ = ["Guarded", "Root", "RootSolver", "all_finite", "guarded"]
+__all__ = ["Guarded", "Root", "RootSolver", "all_finite", "guarded", "identity_root"]
 
 
 class Root(NamedTuple):
@@ -121,3 +121,11 @@ def guarded(solver: RootSolver, *, max_residual: float | None = None) -> Guarded
 def all_finite(matrix: Float[Tensor, "*batch n n"]) -> Bool[Tensor, "*batch"]:
     """Return, per matrix, whether every element is finite."""
     return torch.isfinite(matrix).all(-1).all(-1)
+
+
+def identity_root(matrix: Float[Tensor, "*batch n n"]) -> Root:
+    """Return the root for exponent 0, and that of matrices without elements: the identity."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    finite = all_finite(matrix)
+    residual = torch.where(finite, 0.0, torch.inf).to(matrix.dtype)
+    return Root(eye.expand(matrix.shape).clone(), residual, finite)

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from shampoo_func.errors import HyperparameterError, check_choice, check_dtype, check_number
 from shampoo_func.linalg._shapes import Float
-from shampoo_func.linalg.solver import Root, RootSolver, all_finite
+from shampoo_func.linalg.roots.spectral import spectral_root
+from shampoo_func.linalg.scaling import compute_dtype as dtype_of_arithmetic
+from shampoo_func.linalg.solver import Root, RootSolver, all_finite, identity_root
 from shampoo_func.types import Scalar
 
 __all__ = ["EighRoot", "PseudoInverse", "eigh_root"]
@@ -62,17 +63,23 @@ class EighRoot(RootSolver):
     perturb: Literal["before", "after"] = "before"
     pseudo_inverse: PseudoInverse | None = None
     compute_dtype: torch.dtype | None = None
+    retry_double: bool = True
 
     def __call__(self, matrix: Float[Tensor, "*batch n n"], exponent: float) -> Root:
         """Return `matrix ** -exponent`, `[*batch, n, n]`, and its ok flags, `[*batch]`."""
+        self.check_exponent(exponent)
+        if exponent == 0 or matrix.numel() == 0:
+            return identity_root(matrix)
         finite = all_finite(matrix)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        # LAPACK raises on a non-finite matrix; the identity stands in, and ok says so.
+        # the identity stands in for a matrix that cannot be decomposed, and ok says so
         safe = torch.where(finite[..., None, None], matrix, eye)
-        safe = self._damped(safe.to(self.compute_dtype or matrix.dtype))
-        value = _spectral_root(self, safe, exponent).to(matrix.dtype)
-        residual = value.new_zeros(value.shape[:-2])
-        return Root(value, residual, finite & all_finite(value))
+        safe = self._damped(safe.to(self.compute_dtype or dtype_of_arithmetic(matrix.dtype)))
+        value, residual = spectral_root(self, safe, exponent)
+        converged = finite & (residual <= torch.finfo(safe.dtype).eps ** 0.5)
+        residual = torch.where(finite, residual.to(matrix.dtype), torch.inf)
+        value = value.to(matrix.dtype)
+        return Root(value, residual, converged & all_finite(value))
 
     def _damped(self, matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """Add what is added before the decomposition."""
@@ -121,6 +128,7 @@ def eigh_root(
     perturb: Literal["before", "after"] = "before",
     pseudo_inverse: PseudoInverse | None = None,
     compute_dtype: torch.dtype | None = None,
+    retry_double: bool = True,
 ) -> EighRoot:
     """Inverse root by eigendecomposition: A = Q diag(l) Q^T gives Q diag(f(l)) Q^T.
 
@@ -129,9 +137,13 @@ def eigh_root(
     `perturb="after"`, A is decomposed and l - min(l_min, 0) + epsilon is used. A
     `pseudo_inverse` drops small eigenvalues instead, and needs epsilon = 0.
 
+    A matrix whose decomposition fails is left out by its ok flag, and only that matrix. The
+    residual is that of the decomposition, |A v - Q diag(l) Q^T v| / (max|l| |v|) for a fixed v;
+    beyond the square root of the machine precision the root is not ok.
+
     The derivative is that of a matrix function (divided differences of f), so it is finite
     where eigenvalues repeat; relative damping, what rounding makes necessary, and cutoffs are
-    treated as constants.
+    treated as constants. First and second derivatives are right in every mode.
 
     Args:
         epsilon: Absolute damping, in the units of the eigenvalues; a number or 0-d tensor.
@@ -139,8 +151,11 @@ def eigh_root(
             max(epsilon, relative_epsilon * largest).
         perturb: Whether epsilon is added before or after the decomposition.
         pseudo_inverse: Drop small eigenvalues instead of damping them.
-        compute_dtype: dtype of the decomposition; None takes the matrix's own. float64 costs
-            1.5 to 2 times as much on a CPU and is exact to condition numbers beyond 1e10.
+        compute_dtype: dtype of the decomposition; None takes the matrix's own, at least float32.
+            float64 costs 1.5 to 2 times as much on a CPU and is exact to condition numbers
+            beyond 1e10.
+        retry_double: Decompose a matrix again in float64 where its first decomposition failed or
+            has a large residual. Costs nothing where none has.
 
     Raises:
         HyperparameterError: If a number is out of range, or damping and pseudo-inverse meet.
@@ -163,92 +178,5 @@ def eigh_root(
             f"{relative_epsilon!r}: damping would lift the directions that it is to drop."
         )
     check_dtype("compute_dtype", compute_dtype)
-    return EighRoot(epsilon, relative_epsilon, perturb, pseudo_inverse, compute_dtype)
-
-
-def _spectral_root(
-    settings: EighRoot, matrix: Float[Tensor, "*batch n n"], exponent: float
-) -> Float[Tensor, "*batch n n"]:
-    """Compute the root so that every kind of differentiation gets its true derivative."""
-    epsilon, relative = settings.damping()
-    if forward_ad._current_level >= 0:
-        # torch.compile takes no custom jvp: value of a constant, derivative of a linear map
-        fixed = matrix.detach()
-        kept, vectors = _decompose(settings, fixed, epsilon, relative)
-        return _root(settings, kept, vectors, exponent) + _derivative(
-            kept, vectors, matrix - fixed, exponent
-        )
-    apply: Any = _SpectralRoot.apply
-    root: Tensor = apply(matrix, epsilon, relative, settings, exponent)
-    return root
-
-
-class _SpectralRoot(torch.autograd.Function):
-    """Q f(l) Q^T with the derivative of a matrix function, finite for repeated eigenvalues."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        matrix: Tensor, epsilon: Scalar, relative: Scalar, settings: EighRoot, exponent: float
-    ) -> Tensor:
-        kept, vectors = _decompose(settings, matrix, epsilon, relative)
-        return _root(settings, kept, vectors, exponent)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        matrix, ctx.epsilon, ctx.relative, ctx.settings, ctx.exponent = inputs
-        ctx.save_for_backward(matrix)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # decomposed anew, in differentiable operations, so that second derivatives are right
-        (matrix,) = ctx.saved_tensors
-        kept, vectors = _decompose(ctx.settings, matrix, ctx.epsilon, ctx.relative)
-        symmetric = (grads[0] + grads[0].mT) / 2
-        return _derivative(kept, vectors, symmetric, ctx.exponent), None, None, None, None
-
-
-def _decompose(
-    settings: EighRoot, matrix: Tensor, epsilon: Scalar, relative: Scalar
-) -> tuple[Tensor, Tensor]:
-    """Return the damped eigenvalues and the eigenvectors."""
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    return settings.eigenvalues_kept(eigenvalues, epsilon, relative), vectors
-
-
-def _power(kept: Tensor, exponent: float) -> Tensor:
-    positive = kept > 0
-    return torch.where(positive, torch.where(positive, kept, 1.0).pow(-exponent), 0.0)
-
-
-def _root(settings: EighRoot, kept: Tensor, vectors: Tensor, exponent: float) -> Tensor:
-    # a dropped direction contributes 0; without damping a zero eigenvalue is no dropped one
-    powers = _power(kept, exponent) if settings.pseudo_inverse else kept.pow(-exponent)
-    value = (vectors * powers.unsqueeze(-2)) @ vectors.mT
-    return (value + value.mT) / 2
-
-
-def _derivative(kept: Tensor, vectors: Tensor, tangent: Tensor, exponent: float) -> Tensor:
-    """Return the derivative of the root in the direction `tangent`.
-
-    Q (F * (Q^T T Q)) Q^T with F the divided differences of f (Daleckii-Krein).
-    """
-    rotated = vectors.mT @ tangent @ vectors
-    return vectors @ (_divided_differences(kept, exponent) * rotated) @ vectors.mT
-
-
-def _divided_differences(kept: Tensor, exponent: float) -> Tensor:
-    """Return (f(a) - f(b)) / (a - b) for f(a) = a^(-p), and f'(a) where a = b."""
-    a, b = kept.unsqueeze(-1), kept.unsqueeze(-2)
-    both = (a > 0) & (b > 0)
-    ratio = torch.where(both, a, 1.0) / torch.where(both, b, 1.0)
-    delta = ratio - 1.0
-    equal = delta == 0
-    growth = torch.expm1(-exponent * torch.log(ratio)) / torch.where(equal, 1.0, delta)
-    smooth = torch.where(b > 0, b, 1.0).pow(-exponent - 1) * torch.where(equal, -exponent, growth)
-    gap = a - b
-    jump = (_power(kept, exponent).unsqueeze(-1) - _power(kept, exponent).unsqueeze(-2)) / (
-        torch.where(gap == 0, 1.0, gap)
-    )
-    return torch.where(both, smooth, jump)
+    check_choice("retry_double", retry_double, (True, False))
+    return EighRoot(epsilon, relative_epsilon, perturb, pseudo_inverse, compute_dtype, retry_double)
