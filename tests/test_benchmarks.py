@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import solvers
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Problem, shampoo
 from benchmarks.sets import SETS
@@ -43,6 +44,22 @@ def test_gpt_set_is_the_one_that_was_measured() -> None:
     assert sum(leaf.numel() for leaf in SETS["gpt"]().values()) == 3_410_176
     state = shampoo(problem).init(problem.params)["precondition"]
     assert {name: stack.step.shape[0] for name, stack in state.items()} == {"256": 9, "256x256": 52}
+
+
+def test_solver_table(tmp_path: Path) -> None:
+    """Every solver is timed and tried on every matrix, and what is accurate is shown to be."""
+    options = ["--sizes", "8", "--rounds", "1", "--output", str(tmp_path)]
+    assert solvers.main(options) == 0
+    result = json.loads((tmp_path / "solvers.json").read_text())
+    table = (tmp_path / "solvers.md").read_text()
+    assert {row["solver"] for row in result["times"]} == set(solvers.SOLVERS)
+    assert {row["case"] for row in result["errors"]} == set(solvers.CASES)
+    assert all(f"| {name} |" in table for name in solvers.SOLVERS)
+    eigh = [row for row in result["errors"] if row["solver"] == "eigh"]
+    assert len(eigh) == 2 * 2 * len(solvers.CASES)
+    for row in eigh:
+        # in float32 the ridge of 1e-6 leaves one digit
+        assert row["error"] < (0.2 if row["dtype"] == "float32" else 1e-3), row
 
 
 def test_interleaving_times_every_job_in_every_round() -> None:

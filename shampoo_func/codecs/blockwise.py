@@ -26,7 +26,7 @@ def scale_of(numbers: Float[Tensor, "*batch m"], block: int) -> Float[Tensor, "*
         return numbers
     short = -size % block if size > block else 0
     padded = torch.nn.functional.pad(numbers, (0, short)) if short else numbers
-    largest = padded.abs().unflatten(-1, (-1, min(block, size))).amax(-1)
+    largest = padded.abs().reshape(*padded.shape[:-1], -1, min(block, size)).amax(-1)
     return torch.where(torch.isfinite(largest), largest, torch.nan)
 
 

@@ -73,9 +73,8 @@ class FourBitCholesky(Codec):
         dtype = linalg.compute_dtype(code.diagonal.dtype)
         numbers = _numbers(levels, code.scale, dtype)
         factor = torch.diag_embed(code.diagonal.to(dtype))
-        size = factor.shape[-1]
         place = _places(factor)[0].expand(numbers.shape)
-        factor = factor.flatten(-2).scatter(-1, place, numbers).unflatten(-1, (size, size))
+        factor = factor.flatten(-2).scatter(-1, place, numbers).reshape(factor.shape)
         # a matrix product is not symmetric to the last bit
         value = factor @ factor.mT
         return ((value + value.mT) / 2).to(code.diagonal.dtype)

@@ -93,8 +93,8 @@ def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     size = rows.shape[-1]
     scale = scale_of(rows, BLOCK)
     levels = to_levels(rows / spread(torch.where(scale > 0, scale, 1.0), size, BLOCK))
-    pairs = torch.nn.functional.pad(levels, (0, size % 2)).unflatten(-1, (-1, 2)) if size else None
-    byte = levels if pairs is None else join(pairs[..., 0], pairs[..., 1])
+    even = torch.nn.functional.pad(levels, (0, size % 2))
+    byte = join(even[..., ::2], even[..., 1::2])
     return byte, scale
 
 

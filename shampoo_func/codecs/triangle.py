@@ -37,7 +37,7 @@ def unpack(packed: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch n n"]:
     # a table made by scattering is computed once; one of index arithmetic would be fused into
     # the copy and computed for every matrix of a stack
     table = number.new_zeros(size * size).scatter(0, lower, number).scatter(0, upper, number)
-    return packed.index_select(-1, table).unflatten(-1, (size, size))
+    return packed.index_select(-1, table).reshape(*packed.shape[:-1], size, size)
 
 
 def matrix_size(packed: int) -> int:
