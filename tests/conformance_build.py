@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import conformance_options as asked
 import torch
@@ -14,7 +15,7 @@ from shampoo_func import linalg
 
 # The reference takes the root that so few steps give, converged or not. Ours is refused where it
 # did not converge, unless the number of steps is fixed.
-FEW_STEPS = 30
+FEW_STEPS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ def transformation_from(
     after = [stage] if config.weight_decay_kind != "l2" and not none else []
     # averaging decays its own iterate, unless the decay is in the gradient
     own_decay = decay if after else 0.0
+    last: list[sf.Transformation]
     match config.averaging:
         case asked.PrimalAveraging(eval_interpolation=eval_, train_interpolation=train):
             last = [sf.primal_averaging(rates, eval_, train, own_decay)]
@@ -62,7 +64,7 @@ def transformation_from(
             last = [*after, trace, sf.scale_by_learning_rate(rates)]
         case _:
             last = [*after, sf.scale_by_learning_rate(rates)]
-    return sf.chain(*before, blocked_direction(config), *last)
+    return sf.chain(*before, direction_of(config), *last)
 
 
 def decay_coefficient(
@@ -75,6 +77,23 @@ def decay_coefficient(
         relative = config.weight_decay / config.learning_rate
         return RecordedRates(tuple(rate * relative for rate in learning_rates))
     return config.weight_decay
+
+
+def direction_of(config: asked.Configuration) -> sf.Transformation:
+    """The direction of every parameter; a number that is not merged has no dimension."""
+    stage = blocked_direction(config)
+    if not math.isinf(config.target_dims):
+        return stage
+    # ours makes a vector of such a number: of that vector, nothing is rotated or multiplied
+    bare = config.preconditioner
+    match bare:
+        case asked.RootShampoo() | asked.EigendecomposedShampoo():
+            bare = replace(bare, exponents={1: 0.0})
+        case asked.EigenvalueCorrected(exponents=powers):
+            bare = replace(bare, ignored={1: (0,)}, exponents={1: (powers or {}).get(0, 0.5)})
+    numbers = blocked_direction(replace(config, preconditioner=bare))
+    groups = {"arrays": stage, "numbers": numbers}
+    return sf.partition(groups, lambda _, leaf: "arrays" if leaf.ndim else "numbers")
 
 
 def blocked_direction(config: asked.Configuration) -> sf.Transformation:
@@ -110,7 +129,7 @@ def preconditioner_of(
                 root=root_of(wanted.solver, config.epsilon),
                 kl=wanted.statistics.kullback_leibler,
                 bias_correction=config.bias_correction,
-                exponents=wanted.exponents,
+                exponents=known_orders(wanted.exponents),
                 trace_scaling=wanted.statistics.trace_exponent,
                 drop_weighting=not wanted.statistics.weighted,
                 factor_dtype=wanted.statistics.dtype,
@@ -122,7 +141,7 @@ def preconditioner_of(
                 basis=basis_of(wanted.solver, config.epsilon),
                 kl=wanted.statistics.kullback_leibler,
                 bias_correction=config.bias_correction,
-                exponents=wanted.exponents,
+                exponents=known_orders(wanted.exponents),
                 trace_scaling=wanted.statistics.trace_exponent,
                 drop_weighting=not wanted.statistics.weighted,
                 factor_dtype=wanted.statistics.dtype,
@@ -145,6 +164,11 @@ def preconditioner_of(
     raise asked.Unsupported(f"preconditioner {wanted}")
 
 
+def known_orders(exponents: asked.Exponents | dict[int, float] | None) -> Any:
+    """The exponents of arrays: those of a number (order 0) say nothing."""
+    return {order: power for order, power in (exponents or {}).items() if order} or None
+
+
 def eigenvalue_corrected(
     wanted: asked.EigenvalueCorrected, config: asked.Configuration
 ) -> sf.Preconditioner:
@@ -157,7 +181,7 @@ def eigenvalue_corrected(
         epsilon=config.epsilon,
         bias_correction=config.bias_correction,
         drop_weighting=not wanted.statistics.weighted,
-        exponents=wanted.exponents,
+        exponents=known_orders(wanted.exponents),
     )
     return sf.in_eigenbasis(
         inner,
@@ -191,7 +215,8 @@ def root_of(solver: asked.RootSolver, epsilon: float) -> linalg.RootSolver:
             return sf.higher_order_newton_root(
                 epsilon=solver.absolute_epsilon,
                 relative_epsilon=solver.relative_epsilon,
-                max_iterations=solver.max_iterations,
+                # the reference counts the first step, of second order, as well
+                max_iterations=max(solver.max_iterations - 1, 1),
                 tolerance=solver.tolerance,
                 order=solver.order,
             )

@@ -472,7 +472,7 @@ def _by_order(override: str | Options) -> dict[int, Any]:
 
 
 def _weight_decay_kind(name: str) -> DecayKind:
-    short = name.removeprefix("WeightDecayType.")
+    short = name.rpartition(".")[2].upper()
     if short not in WEIGHT_DECAY_KINDS:
         raise Unsupported(f"unknown weight decay type: {name}")
     return WEIGHT_DECAY_KINDS[short]

@@ -65,17 +65,22 @@ class Eigendecomposed(Preconditioner):
     basis_dtype: torch.dtype | None = None
 
     def init(self, block: Tensor) -> EigendecomposedState:
-        """Return zero factors, identity bases and roots, and eigenvalues of one."""
+        """Return zero factors, identity bases, eigenvalues of one, and the roots of those."""
         factors = self.factors.init(block)
         bases = eye_bases(factors, self.basis_dtype)
-        caches = self.eigenvalues == "refresh"
+        eigenvalues = tuple(basis.new_ones(basis.shape[:-1]) for basis in bases)
+        roots = [basis.new_zeros((0, 0)) for basis in bases]
+        if self.eigenvalues == "refresh":
+            for dim in preconditioned(factors):
+                exponent = self.factors.exponent(len(bases), dim)
+                roots[dim] = self.basis.root(eigenvalues[dim], bases[dim], exponent)
         zero = torch.zeros((), dtype=torch.int64, device=block.device)
         return EigendecomposedState(
             step=zero,
             factors=factors,
             bases=bases,
-            eigenvalues=tuple(basis.new_ones(basis.shape[:-1]) for basis in bases),
-            roots=tuple(basis.clone() if caches else basis.new_zeros((0, 0)) for basis in bases),
+            eigenvalues=eigenvalues,
+            roots=tuple(roots),
             started=torch.zeros((), dtype=torch.bool, device=block.device),
             failures=zero.clone(),
             failures_in_a_row=zero.clone(),
