@@ -20,17 +20,19 @@ FEW_STEPS = 50
 
 @dataclass(frozen=True, slots=True)
 class RecordedRates:
-    """The schedule that returns `rates[step]`, in the float32 that the reference keeps rates in.
+    """The schedule that returns `rates[step]`.
 
     Attributes:
         rates: One learning rate per step.
+        dtype: The reference keeps rates in float32.
     """
 
     rates: tuple[float, ...]
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, step: int | torch.Tensor) -> torch.Tensor:
         """Looks up the rate of the step after `step` steps."""
-        return torch.tensor(self.rates, dtype=torch.float32)[step]
+        return torch.tensor(self.rates, dtype=self.dtype)[step]
 
 
 def transformation_from(

@@ -317,7 +317,7 @@ def test_convolutions_become_matrices(
     plan = plan_blocks([LeafSpec.of(leaf)], block_size=block_size, merge_to=merge_to)
     assert next(iter(gather(plan, [leaf]))) == stack
     (back,) = scatter(plan, gather(plan, [leaf]), [leaf])
-    assert torch.equal(back, leaf)
+    assert back is not None and torch.equal(back, leaf)
 
 
 def test_merge_to_needs_merging() -> None:
