@@ -27,6 +27,7 @@ from shampoo_func.preconditioners.factors import (
     preconditioned,
 )
 from shampoo_func.preconditioners.rotation import (
+    check_permutable,
     checked_basis,
     eye_bases,
     permuted,
@@ -64,12 +65,15 @@ class InEigenbasis(Preconditioner):
         ones = tuple(basis.new_ones(basis.shape[:-1]) for basis in bases)
         zero = torch.zeros((), dtype=torch.int64, device=block.device)
         mean = torch.zeros_like(block, memory_format=torch.contiguous_format)
+        inner = self.inner.init(block)
+        if self.carry == "permute":
+            check_permutable(self.inner.roles(inner))
         return InEigenbasisState(
             step=zero,
             factors=factors,
             bases=bases,
             eigenvalues=ones if self.kl else (),
-            inner=self.inner.init(block),
+            inner=inner,
             momentum=() if self.momentum is None else (RotatedMomentum(zero.clone(), mean),),
             started=torch.zeros((), dtype=torch.bool, device=block.device),
             failures=zero.clone(),
