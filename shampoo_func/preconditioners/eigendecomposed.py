@@ -199,6 +199,18 @@ class Eigendecomposed(Preconditioner):
         )
         return named
 
+    def reads(self, function: str) -> frozenset[str]:
+        """Return what is read: a direction needs no factors, and plain factors no bases."""
+        caches = self.eigenvalues == "refresh"
+        applied = {"root"} if caches else {"basis", "eigenvalues"}
+        read = {
+            "accumulate": {"factor"} | (applied if self.kl or self.eigenvalues == "ema" else set()),
+            "refresh": {"factor", "basis", "eigenvalues", "root"},
+            "correct": {"factor", "basis", "eigenvalues"} if not caches else set(),
+            "apply": applied,
+        }
+        return frozenset(read.get(function, ()))
+
     def with_tolerance(self, tolerance: float) -> Eigendecomposed:
         """Return the same preconditioner, for bases that are off by more."""
         return replace(self, basis=self.basis.with_tolerance(tolerance))
