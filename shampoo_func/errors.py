@@ -18,9 +18,11 @@ __all__ = [
     "OptimizerError",
     "ParameterError",
     "PartitionError",
+    "PlanMismatchError",
     "RefreshError",
     "RootFailureError",
     "ShampooFuncError",
+    "ShardingError",
     "TreeMismatchError",
     "UnknownArgumentError",
 ]
@@ -89,6 +91,14 @@ class CheckpointError(ShampooFuncError, ValueError):
 
 class OptimizerError(ShampooFuncError, RuntimeError):
     """The torch.optim shell was asked for something that it cannot do now."""
+
+
+class ShardingError(ShampooFuncError, ValueError):
+    """A parameter is stored, or a mesh laid out, in a way that blocks cannot be shared over."""
+
+
+class PlanMismatchError(ShampooFuncError, RuntimeError):
+    """The ranks of a mesh have planned different blocks, owners or transports."""
 
 
 def check_number(

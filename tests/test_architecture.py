@@ -39,6 +39,7 @@ KNOWS_ONLY = {
     "linalg": {"errors", "types"},
     "codecs": {"errors", "types", "linalg"},
     "blocks": {"errors", "types", "linalg"},
+    "sharding": {"errors", "types", "linalg", "blocks", "tree"},
     "preconditioners": {"errors", "types", "linalg", "codecs"},
 }
 NO_PYTREES = {"optree", "torch.utils._pytree", "torch.utils._cxx_pytree", "tree", "jax"}

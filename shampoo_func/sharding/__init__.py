@@ -1,0 +1,45 @@
+"""Blocks shared by the ranks of a mesh: owners, storages, transports. Only here are collectives."""
+
+from shampoo_func.sharding.batched import check_not_batched
+from shampoo_func.sharding.check import check_plan
+from shampoo_func.sharding.costs import Cost, byte_cost, cubic_cost
+from shampoo_func.sharding.exchange import Exchange, LocalExchange, Request
+from shampoo_func.sharding.plan import ShardPlan, balance, plan_shards
+from shampoo_func.sharding.settings import Cut, Sharding, kinds_of, sharding, wrapped
+from shampoo_func.sharding.shards import ShardLocalExchange
+from shampoo_func.sharding.storage import as_local
+from shampoo_func.sharding.transports import (
+    Transport,
+    all_gather,
+    all_to_all,
+    automatic,
+    reduce_scatter,
+    shard_local,
+)
+
+__all__ = [
+    "Cost",
+    "Cut",
+    "Exchange",
+    "LocalExchange",
+    "Request",
+    "ShardLocalExchange",
+    "ShardPlan",
+    "Sharding",
+    "Transport",
+    "all_gather",
+    "all_to_all",
+    "as_local",
+    "automatic",
+    "balance",
+    "byte_cost",
+    "check_not_batched",
+    "check_plan",
+    "cubic_cost",
+    "kinds_of",
+    "plan_shards",
+    "reduce_scatter",
+    "shard_local",
+    "sharding",
+    "wrapped",
+]
