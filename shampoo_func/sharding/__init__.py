@@ -3,7 +3,7 @@
 from shampoo_func.sharding.batched import check_not_batched
 from shampoo_func.sharding.check import check_plan
 from shampoo_func.sharding.costs import Cost, byte_cost, cubic_cost
-from shampoo_func.sharding.exchange import Exchange, LocalExchange, Request
+from shampoo_func.sharding.exchange import Exchange, Here, LocalExchange, Request
 from shampoo_func.sharding.plan import ShardPlan, balance, plan_shards
 from shampoo_func.sharding.settings import Cut, Sharding, kinds_of, sharding, wrapped
 from shampoo_func.sharding.shards import ShardLocalExchange
@@ -21,6 +21,7 @@ __all__ = [
     "Cost",
     "Cut",
     "Exchange",
+    "Here",
     "LocalExchange",
     "Request",
     "ShardLocalExchange",

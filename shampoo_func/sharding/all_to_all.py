@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo_func.linalg import with_layout_of
 from shampoo_func.sharding import collectives
-from shampoo_func.sharding.exchange import Exchange, Request, Rows
+from shampoo_func.sharding.exchange import OwnedExchange, Request
 from shampoo_func.sharding.pieces import cut, grid
 from shampoo_func.sharding.routes import Part, Trade, plan_trade
 
@@ -18,21 +18,10 @@ __all__ = ["AllToAllExchange", "plan_all_to_all"]
 
 
 @dataclass(frozen=True, slots=True)
-class AllToAllExchange(Exchange):
-    """See `all_to_all`: trades, one for each dtype that is sent, and what this rank owns."""
+class AllToAllExchange(OwnedExchange):
+    """See `all_to_all`. trades: one for each dtype that is sent."""
 
-    group: str
-    owned: Rows
-    present: Rows
     trades: tuple[tuple[torch.dtype, Trade], ...]
-
-    def sizes(self) -> dict[str, int]:
-        """How many blocks of every stack this rank owns."""
-        return {name: len(rows) for name, rows in self.owned}
-
-    def rows(self) -> dict[str, list[int]]:
-        """Which of them have gradients."""
-        return {name: list(rows) for name, rows in self.present}
 
     def collect(self, leaves: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Send pieces to the owners and put the owned blocks together."""
@@ -88,7 +77,9 @@ def plan_all_to_all(request: Request) -> AllToAllExchange:
         if here and request.plan.blocks.parameters[leaf].tiles:
             channels.setdefault(request.channel(leaf), []).append(leaf)
     trades = tuple((dtype, plan_trade(request, leaves)) for dtype, leaves in channels.items())
-    return AllToAllExchange(request.group, request.owned(), request.rows_of_present(), trades)
+    return AllToAllExchange(
+        request.plan.blocks, request.group, request.owned(), request.rows_of_present(), trades
+    )
 
 
 def _taken(block: Tensor, part: Part) -> Tensor:
@@ -100,9 +91,7 @@ def _taken(block: Tensor, part: Part) -> Tensor:
     return own.reshape(-1)
 
 
-def _joined(
-    parts: list[Tensor], dtype: torch.dtype, leaves: Sequence[Tensor | None]
-) -> Tensor:
+def _joined(parts: list[Tensor], dtype: torch.dtype, leaves: Sequence[Tensor | None]) -> Tensor:
     """Join vectors; without any, an empty one on the device of the leaves."""
     if parts:
         return torch.cat(parts)

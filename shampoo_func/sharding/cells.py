@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from shampoo_func.blocks import ParameterPlan
 from shampoo_func.sharding.storage import Indices, Region
 
-__all__ = ["Cell", "Span", "Window", "cells_of", "common", "lines_of", "spans_of", "window_of", "windows"]
+__all__ = [
+    "Cell",
+    "Span",
+    "Window",
+    "cells_of",
+    "common",
+    "lines_of",
+    "spans_of",
+    "window_of",
+    "windows",
+]
 
 Window = tuple[tuple[int, int], ...]
 """A rectangle of a tensor: first index and size per dimension."""

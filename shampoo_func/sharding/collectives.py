@@ -16,9 +16,7 @@ __all__ = ["all_gather", "all_max", "all_to_all", "reduce_scatter"]
 _OPS = torch.ops._c10d_functional
 
 
-def all_to_all(
-    buffer: Tensor, received: Sequence[int], sent: Sequence[int], group: str
-) -> Tensor:
+def all_to_all(buffer: Tensor, received: Sequence[int], sent: Sequence[int], group: str) -> Tensor:
     """Send a part of a 1-D buffer to every rank and return what they send, in rank order.
 
     Args:

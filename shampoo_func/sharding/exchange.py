@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shampoo_func.blocks import BlockPlan, gather, present_rows, scatter
+from shampoo_func.blocks import BlockPlan, ParameterPlan, gather, present_rows, scatter
+from shampoo_func.sharding.cells import cells_of, lines_of
 from shampoo_func.sharding.plan import ShardPlan
 from shampoo_func.sharding.storage import LeafStorage
 
-__all__ = ["Exchange", "LocalExchange", "Request", "Rows"]
+__all__ = ["Exchange", "Here", "LocalExchange", "OwnedExchange", "Request", "Rows"]
 
 Rows = tuple[tuple[str, tuple[int, ...]], ...]
 """For some stacks, by name, some of their rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """A block that this rank owns.
+
+    place, start, shape: its place in the grid of its parameter, its first index, its shape.
+    stack, row: where its state is.
+    """
+
+    place: tuple[int, ...]
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    stack: str
+    row: int
 
 
 class Exchange(ABC):
@@ -31,6 +47,10 @@ class Exchange(ABC):
     @abstractmethod
     def rows(self) -> dict[str, list[int]]:
         """Which of the owned blocks have gradients, by their place among the owned."""
+
+    @abstractmethod
+    def here(self) -> list[list[Here]]:
+        """Return the owned blocks of every parameter, in row-major order."""
 
     @abstractmethod
     def collect(self, leaves: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -70,6 +90,10 @@ class LocalExchange(Exchange):
         """All blocks of the parameters that are present."""
         return present_rows(self.plan, self.present)
 
+    def here(self) -> list[list[Here]]:
+        """All blocks."""
+        return [blocks_of(parameter) for parameter in self.plan.parameters]
+
     def collect(self, leaves: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Cut the tensors into blocks."""
         return gather(self.plan, leaves)
@@ -79,6 +103,40 @@ class LocalExchange(Exchange):
     ) -> list[Tensor | None]:
         """Lay the blocks back."""
         return scatter(self.plan, stacks, leaves)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedExchange(Exchange):
+    """What transports that send blocks to owners have in common.
+
+    plan: the blocks of all. group: the name of the process group. owned: the rows of this rank.
+    present: which of them have gradients.
+    """
+
+    plan: BlockPlan
+    group: str
+    owned: Rows
+    present: Rows
+
+    def sizes(self) -> dict[str, int]:
+        """How many blocks of every stack this rank owns."""
+        return {name: len(rows) for name, rows in self.owned}
+
+    def rows(self) -> dict[str, list[int]]:
+        """Which of them have gradients."""
+        return {name: list(rows) for name, rows in self.present}
+
+    def here(self) -> list[list[Here]]:
+        """The owned blocks, by their rows among the owned."""
+        at = {(name, row): index for name, rows in self.owned for index, row in enumerate(rows)}
+        return [
+            [
+                replace(block, row=at[block.stack, block.row])
+                for block in blocks_of(parameter)
+                if (block.stack, block.row) in at
+            ]
+            for parameter in self.plan.parameters
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +178,18 @@ class Request:
             for name, rows in self.owned()
         )
         return tuple((name, rows) for name, rows in found if rows)
+
+
+def blocks_of(parameter: ParameterPlan) -> list[Here]:
+    """Return all blocks of a parameter with their rows in the plan."""
+    lines = lines_of(parameter)
+    return [
+        Here(
+            cell.place,
+            tuple(line[at][0] for line, at in zip(lines, cell.place, strict=True)),
+            cell.shape,
+            cell.stack,
+            cell.row,
+        )
+        for cell in cells_of(parameter).values()
+    ]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shampoo_func.blocks import BlockPlan, gather, present_rows, scatter
+from shampoo_func.blocks import gather, present_rows, scatter
 from shampoo_func.sharding import collectives
 from shampoo_func.sharding.cells import Window, cells_of, lines_of
-from shampoo_func.sharding.exchange import Exchange, Request, Rows
+from shampoo_func.sharding.exchange import OwnedExchange, Request
 from shampoo_func.sharding.pieces import cut
 
 __all__ = ["GatherExchange", "plan_gather"]
@@ -43,31 +43,19 @@ class Channel:
 
 
 @dataclass(frozen=True, slots=True)
-class GatherExchange(Exchange):
+class GatherExchange(OwnedExchange):
     """See `all_gather` and `reduce_scatter`.
 
     cuts: where the owned blocks are in the tensors. summed: whether gradients are summands that
     are added on the way to the owners, or averaged.
     """
 
-    plan: BlockPlan
-    group: str
     rank: int
     world: int
-    owned: Rows
-    present: Rows
     cuts: tuple[tuple[str, int, Window], ...]
     channels: tuple[Channel, ...]
     summed: bool = False
     average: bool = False
-
-    def sizes(self) -> dict[str, int]:
-        """How many blocks of every stack this rank owns."""
-        return {name: len(rows) for name, rows in self.owned}
-
-    def rows(self) -> dict[str, list[int]]:
-        """Which of them have gradients."""
-        return {name: list(rows) for name, rows in self.present}
 
     def collect(self, leaves: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Cut the owned blocks out of the tensors, which may first have to be summed."""
@@ -89,7 +77,8 @@ class GatherExchange(Exchange):
             chunks: list[list[Tensor]] = [[] for _ in range(self.world)]
             for slot in channel.slots:
                 ordered = _reordered(stacks[slot.stack], slot.order)
-                for own, part in zip(chunks, ordered.split(list(slot.counts)), strict=True):
+                parts = torch.split(ordered, list(slot.counts))
+                for own, part in zip(chunks, parts, strict=True):
                     own.append(part.reshape(-1).to(channel.dtype))
             rows = [_padded(own, channel.length) for own in chunks]
             total = collectives.reduce_scatter(torch.stack(rows), self.world, self.group)
@@ -171,10 +160,10 @@ def plan_gather(request: Request, *, summed: bool) -> GatherExchange:
     return GatherExchange(
         plan.blocks,
         request.group,
-        request.rank,
-        plan.world,
         request.owned(),
         request.rows_of_present(),
+        request.rank,
+        plan.world,
         tuple(cuts),
         tuple(channels),
         summed,

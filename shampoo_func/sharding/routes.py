@@ -200,7 +200,9 @@ def _plan_joins(
     joins = []
     for leaf, cell, found in drafts:
         grids = tuple(
-            _grid_of_block(cell, {k: first[s] + i for k, (s, i) in held.items()}, request.plan.paths[leaf])
+            _grid_of_block(
+                cell, {k: first[s] + i for k, (s, i) in held.items()}, request.plan.paths[leaf]
+            )
             for held in found
         )
         joins.append(Join(leaf, cell.stack, grids, request.storages[leaf].average))
@@ -214,9 +216,7 @@ def _grid_of_block(cell: Cell, held: dict[tuple[Span, ...], int], name: str) -> 
         ShardingError: If they do not tile it.
     """
     by_indices = {tuple(span.inside for span in spans): piece for spans, piece in held.items()}
-    lines = [
-        sorted({key[dim] for key in by_indices}) for dim in range(len(cell.shape))
-    ]
+    lines = [sorted({key[dim] for key in by_indices}) for dim in range(len(cell.shape))]
     places = list(itertools.product(*lines))
     covered = [sum(stop - start for line in dim for start, stop in line) for dim in lines]
     if covered != list(cell.shape) or any(place not in by_indices for place in places):

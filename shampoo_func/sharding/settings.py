@@ -108,7 +108,9 @@ class Sharding:
 @functools.lru_cache(maxsize=128)
 def _plan(own: Sharding, cut: Cut) -> ShardPlan:
     # devices have names that differ from rank to rank; those of stacks must not
-    kinds = [LeafSpec(shape, dtype, torch.device(device.type)) for shape, dtype, device in cut.specs]
+    kinds = [
+        LeafSpec(shape, dtype, torch.device(device.type)) for shape, dtype, device in cut.specs
+    ]
     blocks = plan_blocks(kinds, block_size=cut.block_size, merge_dims=cut.merge_dims)
     return plan_shards(
         blocks,
@@ -233,15 +235,14 @@ def sharding(
         )
     group = _group_of(mesh)
     ranks = tuple(dist.get_process_group_ranks(group))
-    return Sharding(
-        mesh, chosen, assignment, price, communication_dtype, group.group_name, ranks
-    )
+    return Sharding(mesh, chosen, assignment, price, communication_dtype, group.group_name, ranks)
 
 
 def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Return the group of all ranks of a mesh; one that must be made is made by all, here."""
     if mesh.ndim == 1:
         return mesh.get_group()
-    if sorted(mesh.mesh.flatten().tolist()) == list(range(dist.get_world_size())):
-        return dist.group.WORLD
+    world = dist.group.WORLD
+    if world is not None and mesh.size() == world.size():
+        return world
     return mesh._flatten().get_group()

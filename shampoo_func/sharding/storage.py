@@ -20,7 +20,16 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from shampoo_func.errors import ShardingError
 
-__all__ = ["Indices", "Kind", "LeafStorage", "Region", "kind_of", "local_shape", "store_leaf"]
+__all__ = [
+    "Indices",
+    "Kind",
+    "LeafStorage",
+    "Region",
+    "as_local",
+    "kind_of",
+    "local_shape",
+    "store_leaf",
+]
 
 Indices = tuple[tuple[int, int], ...]
 """A set of indices as sorted, disjoint intervals [start, stop)."""
@@ -234,7 +243,8 @@ def _merge(rows: list[Indices], shape: tuple[int, ...], merged: tuple[int, ...])
     region: list[Indices] = []
     dim = len(shape)
     for target in reversed(merged):
-        size, inner = 1, ((0, 1),)  # the indices of a product of no dimensions
+        size = 1
+        inner: Indices = ((0, 1),)  # the indices of a product of no dimensions
         last = len(region) == len(merged) - 1
         while dim > 0 and (size < target or last or shape[dim - 1] == 1):
             dim -= 1

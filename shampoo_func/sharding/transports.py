@@ -114,9 +114,7 @@ class Automatic(Transport):
     def plan(self, request: Request) -> Exchange:
         """Plan with the transport that sends least."""
         present = [
-            storage
-            for storage, here in zip(request.storages, request.present, strict=True)
-            if here
+            storage for storage, here in zip(request.storages, request.present, strict=True) if here
         ]
         if all(storage.whole and storage.summands == 1 for storage in present):
             return plan_gather(request, summed=False)

@@ -21,6 +21,7 @@ from shampoo_func.sharding import (
     Cost,
     Cut,
     Exchange,
+    Here,
     LocalExchange,
     Sharding,
     Transport,
@@ -113,10 +114,13 @@ class Blocked(Wrapper):
         check_not_batched(leaves)
         return self.sharding.exchange(self._cut(params), kinds_of(leaves), present)
 
+    def here(self, params: Tree) -> list[list[Here]]:
+        """Return, for every parameter, the blocks whose state this rank has."""
+        leaves = tree.leaves(params)
+        return self.exchange(params, leaves, (True,) * len(leaves)).here()
+
     def _cut(self, params: Tree) -> Cut:
-        specs = tuple(
-            (tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.leaves(params)
-        )
+        specs = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.leaves(params))
         return Cut(tuple(tree.paths(params)), specs, self.block_size, self.merge_dims)
 
     def _shapes_from(self, updates: Tree, params: Tree | None, present: tuple[bool, ...]) -> Tree:
