@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch._dynamo import lookup_backend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shampoo_func as sf
 from shampoo_func import tree
@@ -92,7 +103,8 @@ def stored(whole: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Tens
     """Return a tensor stored with some placements; none at all is a plain tensor."""
     if not placements:
         return whole
-    placements = fitting(placements, whole.ndim)
+    # objects of its own, as every parameter of an FSDP2 module has: dynamo guards shared ones
+    placements = copy.deepcopy(fitting(placements, whole.ndim))
     local = local_of(whole, mesh, placements)
     place = mesh.get_coordinate()
     assert place is not None
@@ -207,3 +219,282 @@ def compare(
 def held_blocks(state: Any) -> int:
     """Return how many blocks a state of `blocked` holds."""
     return sum(tree.leaves(part)[0].shape[0] for part in state.values())
+
+
+def compare_masked(rank: int, world: int, storage: str, options: dict[str, Any]) -> float:
+    """As `compare`, with gradients that are None now and then."""
+    shape, own, grad = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    params = random_tree(SHAPES, 0)
+    grads: list[dict[str, Any]] = [random_tree(SHAPES, 1 + step) for step in range(6)]
+    for step, one in enumerate(grads):
+        for index, name in enumerate(sorted(SHAPES)):
+            if (step + index) % 3 == 0:
+                one[name] = None
+    wanted, _ = train(grafted(), params, grads)
+    found, _ = train(
+        grafted(mesh=mesh, **options),
+        {name: stored(leaf, mesh, own) for name, leaf in params.items()},
+        [
+            {name: None if leaf is None else stored(leaf, mesh, grad) for name, leaf in one.items()}
+            for one in grads
+        ],
+    )
+    return difference(found, wanted, mesh, own)
+
+
+def compare_mixed(rank: int, world: int, options: dict[str, Any]) -> float:
+    """As `compare`, elementwise, with a storage and a dtype of its own for every parameter."""
+    mesh = mesh_of((-1,), world)
+    ways: list[list[Placement]] = [[Shard(0)], [], [Replicate()], [Shard(1)], [Shard(0)], []]
+    kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float32]
+    names = sorted(SHAPES)
+    storage = dict(zip(names, ways, strict=True))
+    dtypes = dict(zip(names, [*kinds, torch.bfloat16], strict=True))
+    params = random_tree(SHAPES, 0, dtypes)
+    grads = [random_tree(SHAPES, 1 + step, dtypes) for step in range(4)]
+    wanted, _ = train(elementwise(), params, list(grads))
+    found, _ = train(
+        elementwise(mesh=mesh, **options),
+        {name: stored(leaf, mesh, storage[name]) for name, leaf in params.items()},
+        [{name: stored(leaf, mesh, storage[name]) for name, leaf in g.items()} for g in grads],
+    )
+    return max(
+        difference({name: found[name]}, {name: wanted[name]}, mesh, storage[name]) for name in names
+    )
+
+
+def communicate_in(rank: int, world: int, storage: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Return how far values sent in a narrow dtype are off, and how far ranks are apart."""
+    shape, own, grad = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    params = random_tree(SHAPES, 0)
+    grads = [random_tree(SHAPES, 1 + step) for step in range(3)]
+    wanted, _ = train(elementwise(), params, list(grads))
+    found, _ = train(
+        elementwise(mesh=mesh, communication_dtype=dtype),
+        {name: stored(leaf, mesh, own) for name, leaf in params.items()},
+        [{name: stored(leaf, mesh, grad) for name, leaf in one.items()} for one in grads],
+    )
+    apart = 0.0
+    if not any(isinstance(placement, Shard) for placement in own):
+        for name in sorted(found):
+            leaf = found[name]
+            mine = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+            high, low = mine.clone(), mine.clone()
+            dist.all_reduce(high, dist.ReduceOp.MAX)
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            apart = max(apart, (high - low).abs().max().item())
+    return difference(found, wanted, mesh, own), apart
+
+
+def share_in_groups(rank: int, world: int) -> tuple[float, int, int]:
+    """Share blocks within groups of two: the error, the blocks here, and of all."""
+    mesh = mesh_of((2, -1), world, "replica", "blocks")
+    params = random_tree(SHAPES, 0)
+    grads = [random_tree(SHAPES, 1 + step) for step in range(4)]
+    wanted, whole = train(elementwise(), params, list(grads))
+    found, state = train(elementwise(mesh=mesh["blocks"]), params, list(grads))
+    return difference(found, wanted, mesh, []), held_blocks(state), held_blocks(whole)
+
+
+def stay_local(rank: int, world: int, exact: bool, aligned: bool) -> float:
+    """Blocks of local shards, without communication: the error against one process."""
+    mesh = mesh_of((-1,), world)
+    rows = 4 * world if aligned else 4 * world + 1
+    shapes: dict[str, tuple[int, ...]] = {"w": (rows, 6), "b": (4 * world,), "whole": (3, 3)}
+    params = random_tree(shapes, 0)
+    grads = [random_tree(shapes, 1 + step) for step in range(6)]
+    ways: dict[str, list[Placement]] = {"w": [Shard(0)], "b": [Shard(0)], "whole": [Replicate()]}
+    wanted, _ = train(grafted(), params, list(grads))
+    with CountCollectives() as counted:
+        tx = grafted(mesh=mesh, transport=sf.shard_local(exact=exact))
+        own = {name: stored(leaf, mesh, ways[name]) for name, leaf in params.items()}
+        state = tx.init(own)
+        before = counted.calls
+        for grad in grads:
+            local = {name: stored(leaf, mesh, ways[name]) for name, leaf in grad.items()}
+            updates, state = tx.update(local, state, own)
+            own = sf.apply_updates(own, updates)
+        assert counted.calls == before, "shard_local has called a collective"
+    return max(
+        difference({name: own[name]}, {name: wanted[name]}, mesh, ways[name]) for name in shapes
+    )
+
+
+class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts functional collectives, and the elements that this rank sends to others."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = 0
+        self.sent = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith("_c10d_functional::") and "wait" not in name:
+            self.calls += 1
+            count = args[0].numel()
+            rank, world = dist.get_rank(), dist.get_world_size()
+            if "all_to_all" in name:
+                self.sent += count - args[2][rank]
+            elif "all_gather" in name:
+                self.sent += count * (world - 1)
+            elif "reduce_scatter" in name:
+                self.sent += count // world * (world - 1)
+        return func(*args, **(kwargs or {}))
+
+
+def count_sent(
+    rank: int, world: int, storage: str, shapes: dict[str, tuple[int, ...]], block_size: int
+) -> tuple[int, int]:
+    """Return how many elements one update sends from this rank, and in how many collectives."""
+    shape, own, grad = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    params = {k: stored(v, mesh, own) for k, v in random_tree(shapes, 0).items()}
+    grads = {k: stored(v, mesh, grad) for k, v in random_tree(shapes, 1).items()}
+    tx = elementwise(block_size, mesh=mesh)
+    state = tx.init(params)
+    with CountCollectives() as counted:
+        tx.update(grads, state, params)
+    return counted.sent, counted.calls
+
+
+def misuse(rank: int, world: int, kind: str) -> str:
+    """Do something wrong on one rank or on all."""
+    mesh = mesh_of((-1,), world)
+    params: dict[str, Any] = random_tree(SHAPES, 0)
+    size = 4
+    if kind == "block_size":
+        size += rank == 0
+    elif kind == "order" and rank == 0:
+        params = OrderedDict(reversed(params.items()))
+    elif kind == "order":
+        params = OrderedDict(params)
+    elif kind == "names":
+        params[f"own{rank}"] = torch.ones(2, dtype=torch.float64)
+    elif kind == "shape":
+        params["row"] = torch.ones(1, 9 + rank, dtype=torch.float64)
+    elif kind == "dtype" and rank == 0:
+        params["row"] = params["row"].float()
+    elif kind == "transport":
+        return str(
+            elementwise(mesh=mesh, transport=(sf.all_to_all(), sf.all_gather())[rank % 2]).init(
+                params
+            )
+        )
+    elif kind == "placement":
+        params["row"] = DTensor.from_local(
+            torch.ones(1, 9), mesh, [Partial("max") if rank == 0 else Replicate()], run_check=False
+        )
+    elif kind == "mesh":  # stored on two ranks by two, blocks shared by one line of them
+        whole = mesh_of((2, -1), world)
+        params["embedding"] = stored(params["embedding"], whole, [Shard(0), Shard(1)])
+        return str(elementwise(mesh=whole["b"]).init(params))
+    elif kind == "gather_of_shards":
+        params["embedding"] = stored(params["embedding"], mesh, [Shard(0)])
+        return str(elementwise(mesh=mesh, transport=sf.all_gather()).init(params))
+    return str(elementwise(size, mesh=mesh).init(params))
+
+
+def compiled(rank: int, world: int, storage: str) -> tuple[float, int]:
+    """Return how far a compiled step is from the eager one, and how many graphs it took."""
+    shape, own, grad = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    shapes: dict[str, tuple[int, ...]] = {"w": (11, 4), "b": (5,)}
+    params = {k: stored(v, mesh, own) for k, v in random_tree(shapes, 0).items()}
+    tx = grafted(mesh=mesh)
+    eager = quick = params
+    state = after = tx.init(params)
+    torch.compiler.reset()
+    graphs: list[Any] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return lookup_backend("aot_eager")(module, inputs)
+
+    step = torch.compile(tx.update, fullgraph=True, backend=backend)
+    for number in range(6):
+        one = {k: stored(v, mesh, grad) for k, v in random_tree(shapes, 1 + number).items()}
+        refresh = number % 2 == 1
+        updates, state = tx.update(one, state, eager, refresh=refresh)
+        eager = sf.apply_updates(eager, updates)
+        updates, after = step(one, after, quick, refresh=refresh)
+        quick = sf.apply_updates(quick, updates)
+    locals_of = [
+        (a.to_local(), b.to_local())
+        if isinstance(a, DTensor) and isinstance(b, DTensor)
+        else (a, b)
+        for a, b in zip(eager.values(), quick.values(), strict=True)
+    ]
+    return max(_apart(a, b) for a, b in locals_of), len(graphs)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item() if a.numel() else 0.0
+
+
+def batched(rank: int, world: int) -> str:
+    """Call a sharded transformation under vmap."""
+    mesh = mesh_of((-1,), world)
+    tx = elementwise(mesh=mesh)
+    params = {"w": torch.ones(4, 4)}
+    state = tx.init(params)
+    many = {"w": torch.ones(3, 4, 4)}
+    return str(torch.func.vmap(lambda grads: tx.update(grads, state)[0])(many))
+
+
+def named(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the named state of this rank, and that of one process."""
+    mesh = mesh_of((-1,), world)
+    params = random_tree(SHAPES, 0)
+    grads = [random_tree(SHAPES, 1 + step) for step in range(3)]
+    _, whole = train(elementwise(), params, list(grads))
+    tx = elementwise(mesh=mesh)
+    _, state = train(tx, params, list(grads))
+    own, all_of_it = (
+        sf.to_state_dict(tx, state, params),
+        sf.to_state_dict(elementwise(), whole, params),
+    )
+    again = sf.from_state_dict(tx, params, own)
+    for a, b in zip(tree.leaves(again), tree.leaves(state), strict=True):
+        assert torch.equal(a, b)
+    return _arrays(own), _arrays(all_of_it)
+
+
+def _arrays(named: dict[str, Tensor]) -> dict[str, Any]:
+    return {key: value.tolist() for key, value in named.items() if key.startswith("state/")}
+
+
+def fully_sharded(rank: int, world: int, tensor_parallel: bool) -> float:
+    """Train a real FSDP2 module (and tensor parallel), and compare with one process."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 5))
+    model = model.double()
+    twin = copy.deepcopy(model)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    if tensor_parallel:
+        mesh = mesh_of((2, -1), world, "dp", "tp")
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        fully_shard(model, mesh=mesh["dp"])
+    else:
+        mesh = mesh_of((-1,), world)
+        fully_shard(model, mesh=mesh)
+    tx = grafted()
+    states: list[Any] = [None, None]
+    txs = [sf.sharded(tx, mesh), tx]
+    for _ in range(4):
+        for index, net in enumerate((model, twin)):
+            net(x).square().mean().backward()
+            params = {k: p.detach() for k, p in net.named_parameters()}
+            grads = {k: p.grad for k, p in net.named_parameters()}
+            if states[index] is None:
+                states[index] = txs[index].init(params)
+            updates, states[index] = txs[index].update(grads, states[index], params)
+            with torch.no_grad():
+                for key, param in net.named_parameters():
+                    param.add_(updates[key])
+            net.zero_grad()
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return max(_apart(own.full_tensor(), other) for own, other in pairs)  # type: ignore[attr-defined]

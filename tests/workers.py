@@ -88,11 +88,11 @@ class Pool:
         answers: dict[int, Any] = {}
         while len(answers) < self.world:
             open_pipes = [own for rank, own in enumerate(self._pipes) if rank not in answers]
-            ready = wait(open_pipes, timeout=seconds)
+            ready: list[Any] = wait(open_pipes, timeout=seconds)
             if not ready:
                 break
             for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                rank = self._pipes.index(pipe)
                 try:
                     answers[rank] = self._pipes[rank].recv()
                 except EOFError:

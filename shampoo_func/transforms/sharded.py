@@ -59,7 +59,12 @@ def sharded(
             communication_dtype=communication_dtype,
         )
     found: list[Blocked] = []
-    result = with_sharding(tx, lambda stage: found.append(stage) or own)
+
+    def choose(stage: Blocked) -> Sharding | None:
+        found.append(stage)
+        return own
+
+    result = with_sharding(tx, choose)
     if not found:
         raise HyperparameterError(
             f"{tx.name} has no blocked stage whose blocks could be shared; wrap a stage in "
