@@ -12,7 +12,8 @@ from shampoo_func.linalg import with_layout_of
 from shampoo_func.sharding import collectives
 from shampoo_func.sharding.exchange import OwnedExchange, Request
 from shampoo_func.sharding.pieces import cut, grid
-from shampoo_func.sharding.routes import Part, Trade, plan_trade
+from shampoo_func.sharding.routes import plan_trade
+from shampoo_func.sharding.trade import Part, Trade
 
 __all__ = ["AllToAllExchange", "plan_all_to_all"]
 

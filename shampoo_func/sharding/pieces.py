@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func.sharding.cells import Window
-from shampoo_func.sharding.routes import Grid
+from shampoo_func.sharding.trade import Grid
 
 __all__ = ["cut", "grid"]
 
