@@ -18,6 +18,7 @@ __all__ = [
     "OptimizerError",
     "ParameterError",
     "PartitionError",
+    "PeerError",
     "PlanMismatchError",
     "RefreshError",
     "RootFailureError",
@@ -99,6 +100,10 @@ class ShardingError(ShampooFuncError, ValueError):
 
 class PlanMismatchError(ShampooFuncError, RuntimeError):
     """The ranks of a mesh have planned different blocks, owners or transports."""
+
+
+class PeerError(ShampooFuncError, RuntimeError):
+    """A collective failed: another rank has ended, or did not come within the timeout."""
 
 
 def check_number(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -401,9 +403,9 @@ def compiled(rank: int, world: int, storage: str) -> tuple[float, int]:
     """Return how far a compiled step is from the eager one, and how many graphs it took."""
     shape, own, grad = STORAGES[storage]
     mesh = mesh_of(shape, world)
-    shapes: dict[str, tuple[int, ...]] = {"w": (11, 4), "b": (5,)}
+    shapes: dict[str, tuple[int, ...]] = {"v": (5, 4), "w": (10, 4)}
     params = {k: stored(v, mesh, own) for k, v in random_tree(shapes, 0).items()}
-    tx = grafted(mesh=mesh)
+    tx = grafted(5, mesh=mesh)
     eager = quick = params
     state = after = tx.init(params)
     torch.compiler.reset()
@@ -498,3 +500,33 @@ def fully_sharded(rank: int, world: int, tensor_parallel: bool) -> float:
             net.zero_grad()
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     return max(_apart(own.full_tensor(), other) for own, other in pairs)  # type: ignore[attr-defined]
+
+
+def lose_a_peer(rank: int, world: int, storage: str, how: str) -> tuple[str, float, bool]:
+    """Lose the last rank in the middle of a step: the error, the wait, whether all is intact."""
+    shape, own, grad = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    tx = grafted(mesh=mesh)
+    params = {k: stored(v, mesh, own) for k, v in random_tree(SHAPES, 0).items()}
+    grads = {k: stored(v, mesh, grad) for k, v in random_tree(SHAPES, 1).items()}
+    state = tx.init(params)
+    _, state = tx.update(grads, state, params)
+    if rank == world - 1:
+        if how == "ends":
+            os._exit(1)
+        time.sleep(60)  # hangs for longer than the group has patience
+    before = sf.to_state_dict(tx, state, params)
+    start = time.perf_counter()
+    try:
+        for _ in range(3):
+            tx.update(grads, state, params)
+    except sf.ShampooFuncError as error:
+        waited = time.perf_counter() - start
+        after = sf.to_state_dict(tx, state, params)
+        same = all(torch.equal(_local(after[key]), _local(value)) for key, value in before.items())
+        return type(error).__name__, waited, same
+    return "", 0.0, False
+
+
+def _local(leaf: Tensor) -> Tensor:
+    return leaf.to_local() if isinstance(leaf, DTensor) else leaf

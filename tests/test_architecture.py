@@ -98,6 +98,16 @@ def test_file_leaves_pytrees_to_the_tree_room(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
+def test_file_leaves_collectives_to_the_sharding_room(path: Path) -> None:
+    """Only sharding/ may call a collective; others may know what a mesh is."""
+    if room_of(path) == "sharding":
+        return
+    known = {name for name in imports(path) if name.startswith("torch.distributed")}
+    assert known <= {"torch.distributed.device_mesh.DeviceMesh"}
+    assert "_c10d" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
 def test_file_is_short(path: Path) -> None:
     """No file has more than 300 lines: it would be a room asking to be split."""
     assert len(path.read_text().splitlines()) <= 300

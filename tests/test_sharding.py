@@ -188,3 +188,21 @@ def test_named_states_of_all_ranks_are_that_of_one_process() -> None:
 def test_fully_sharded_modules(world: int, parallel: bool) -> None:
     """FSDP2, alone and with tensor parallelism, through backward()."""
     assert max(workers.pool(world).run(cases.fully_sharded, parallel)) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "storage", "how"),
+    [(2, "plain", "ends"), (2, "partial", "ends"), (4, "shard0", "ends"), (2, "shard0", "hangs")],
+)
+def test_a_lost_peer_is_a_typed_error_in_time(world: int, storage: str, how: str) -> None:
+    """Survivors get PeerError within the timeout and can still save the last step."""
+    pool = workers.Pool(world, patience=4.0)
+    try:
+        answers = pool.outcomes(cases.lose_a_peer, storage, how, seconds=10.0)
+        for kind, waited, intact in answers[:-1]:
+            assert kind == "PeerError"
+            assert waited < 8.0
+            assert intact
+    finally:
+        pool.close()

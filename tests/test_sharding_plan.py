@@ -122,8 +122,8 @@ def test_report_counts_the_bytes_that_are_there() -> None:
 
 def test_owners_do_not_depend_on_order_or_nesting() -> None:
     """The same parameters in another order: the same owner for every block."""
-    shapes = resnet50()
-    turned = dict(reversed(shapes.items()))
+    shapes: Shapes = resnet50()
+    turned: Shapes = dict(reversed(shapes.items()))
 
     def owners(own: Shapes) -> dict[tuple[str, tuple[int, ...]], int]:
         blocks = blocks_of(own, 200)
@@ -140,7 +140,9 @@ def test_owners_do_not_depend_on_order_or_nesting() -> None:
 
 def test_fingerprints_tell_plans_apart() -> None:
     """World, block size, names, shapes, owners: each changes it; nothing else does."""
-    shapes = {"a": (8, 8), "b": (6, 4)}
+    shapes: Shapes = {"a": (8, 8), "b": (6, 4)}
+    renamed: Shapes = {"a": (8, 8), "c": (6, 4)}
+    turned: Shapes = {"a": (8, 8), "b": (4, 6)}
     seen = {
         plan_shards(blocks_of(own, size), list(own), world, assignment=how).fingerprint(extra)
         for own, size, world, how, extra in [
@@ -149,8 +151,8 @@ def test_fingerprints_tell_plans_apart() -> None:
             (shapes, 3, 2, "bucket_lpt", 0),
             (shapes, 4, 3, "bucket_lpt", 0),
             (shapes, 4, 2, "lpt", 0),
-            ({"a": (8, 8), "c": (6, 4)}, 4, 2, "bucket_lpt", 0),
-            ({"a": (8, 8), "b": (4, 6)}, 4, 2, "bucket_lpt", 0),
+            (renamed, 4, 2, "bucket_lpt", 0),
+            (turned, 4, 2, "bucket_lpt", 0),
             (dict(reversed(shapes.items())), 4, 2, "bucket_lpt", 0),
         ]
     }
