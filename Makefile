@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint type bench docs format clean help
+.PHONY: demo test lint type bench bench-solvers bench-bytes docs format clean help
 
 help:
 	@echo "make demo   train a small language model with AdamW and Shampoo; table, plot, JSON in runs/lm"
 	@echo "make test   the whole test suite (slow jobs too)"
 	@echo "make lint   ruff: style and format   make type   mypy --strict"
 	@echo "make bench  step times against torch.optim and the matmul floor"
+	@echo "make bench-solvers  error and time of every inverse root solver, into benchmarks/results"
+	@echo "make bench-bytes  what Shampoo's state takes in every storage, into benchmarks/results"
 	@echo "make docs   the documentation site, into site/"
 
 # torch first and alone, so that the pinned build is taken
@@ -52,6 +54,12 @@ type: $(VENV)/dev
 
 bench: $(VENV)/base
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-solvers: $(VENV)/base
+	$(BIN)/python -m benchmarks.solvers $(ARGS)
+
+bench-bytes: $(VENV)/base
+	$(BIN)/python -m benchmarks.state_bytes $(ARGS)
 
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict

@@ -198,6 +198,7 @@ CASES = [
             start=3,
         ),
     ),
+    Case("shampoo_packed", "shampoo", lambda: small_shampoo(storage=sf.symmetric_packing())),
     Case(
         "staggered",
         "precondition",

@@ -426,3 +426,54 @@ def test_state_of_other_parameters(stage: sf.Transformation) -> None:
     params = {"w": torch.ones(2, 3)}
     with pytest.raises(TreeMismatchError, match="'w'"):
         stage.update(params, state, params)
+
+
+@pytest.mark.parametrize("kind", ["l2", "decoupled", "corrected", "independent"])
+@pytest.mark.parametrize("averaging", ["primal_averaging", "schedule_free"])
+def test_recipe_is_the_chain_by_hand(kind: Any, averaging: Any) -> None:
+    """`shampoo(averaging=...)` puts the averaging in the place of decay, momentum and rate."""
+    rate = sf.linear_schedule(0.1, 0.02, 8)
+    decays: dict[str, Any] = {
+        "l2": 0.0,
+        "decoupled": 0.1,
+        "corrected": lambda step: 0.1 * rate(step) / 0.1,
+        "independent": 0.1 / 0.1,
+    }
+    options: dict[str, Any] = {"beta2": 0.9, "epsilon": 1e-4, "refresh_every": 2, "block_size": 4}
+    recipe = sf.shampoo(
+        rate,
+        weight_decay=0.1,
+        weight_decay_kind=kind,
+        peak_learning_rate=0.1,
+        averaging=averaging,
+        eval_interpolation=0.7,
+        train_interpolation=0.6,
+        rate_power=1.5,
+        **options,
+    )
+    direction = dict(sf.shampoo(1.0, **options).stages)["precondition"]
+    last: sf.Transformation = sf.schedule_free(rate, 0.6, 1.5, decays[kind])
+    if averaging == "primal_averaging":
+        last = sf.primal_averaging(rate, 0.7, 0.6, decays[kind])
+    before = [sf.add_decayed_weights(0.1)] if kind == "l2" else []
+    by_hand = sf.chain(*before, direction, last)
+    params = {"w": torch.randn(6, 4, dtype=torch.float64), "b": torch.randn(3).double()}
+    ours, theirs = (params, recipe.init(params)), (params, by_hand.init(params))
+    for step in range(8):
+        torch.manual_seed(step)
+        grads = {name: torch.randn_like(leaf) for name, leaf in params.items()}
+        for tx, (own, state) in ((recipe, ours), (by_hand, theirs)):
+            updates, state = tx.update(grads, state, own)
+            moved = (sf.apply_updates(own, updates), state)
+            ours, theirs = (moved, theirs) if tx is recipe else (ours, moved)
+    for name in params:
+        torch.testing.assert_close(ours[0][name], theirs[0][name], rtol=1e-12, atol=1e-13)
+        x = sf.eval_params(recipe, ours[1], ours[0])[name]
+        torch.testing.assert_close(x, sf.eval_params(by_hand, theirs[1], theirs[0])[name])
+        assert not torch.equal(x, ours[0][name])
+
+
+def test_recipe_refuses_two_momenta() -> None:
+    """Averaging has a momentum of its own."""
+    with pytest.raises(sf.ShampooFuncError, match="both given"):
+        sf.shampoo(0.1, momentum=0.9, averaging="schedule_free")

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import shampoo_func as sf
+from benchmarks import solvers, state_bytes
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Problem, shampoo
 from benchmarks.sets import SETS
 from benchmarks.timing import Job, interleave
+from shampoo_func import tree
 
 EAGER = [name for name in CASES if not name.endswith("-compiled")]
 
@@ -43,6 +46,54 @@ def test_gpt_set_is_the_one_that_was_measured() -> None:
     assert sum(leaf.numel() for leaf in SETS["gpt"]().values()) == 3_410_176
     state = shampoo(problem).init(problem.params)["precondition"]
     assert {name: stack.step.shape[0] for name, stack in state.items()} == {"256": 9, "256x256": 52}
+
+
+def test_solver_table(tmp_path: Path) -> None:
+    """Every solver is timed and tried on every matrix, and what is accurate is shown to be."""
+    options = ["--sizes", "8", "--rounds", "1", "--output", str(tmp_path)]
+    assert solvers.main(options) == 0
+    result = json.loads((tmp_path / "solvers.json").read_text())
+    table = (tmp_path / "solvers.md").read_text()
+    assert {row["solver"] for row in result["times"]} == set(solvers.SOLVERS)
+    assert {row["case"] for row in result["errors"]} == set(solvers.CASES)
+    assert all(f"| {name} |" in table for name in solvers.SOLVERS)
+    eigh = [row for row in result["errors"] if row["solver"] == "eigh"]
+    assert len(eigh) == 2 * 2 * len(solvers.CASES)
+    for row in eigh:
+        # in float32 the ridge of 1e-6 leaves one digit
+        assert row["error"] < (0.2 if row["dtype"] == "float32" else 1e-3), row
+
+
+def test_state_keeps_to_its_targets() -> None:
+    """Of the GPT set: packed at most 4.2 times the parameters, momentum included; 8-bit 2.2."""
+    result = state_bytes.measured("gpt", 256)
+    unit = result["parameters"]
+
+    def counted(storage: str) -> float:
+        return sum(result["states"][storage][kind] for kind in state_bytes.COUNTED) / unit
+
+    assert unit == 4 * 3_410_176
+    assert counted("no codec") > 5
+    assert counted("packing") < 3.2
+    assert sum(result["states"]["packing"].values()) / unit <= 4.2
+    assert counted("8-bit") <= 2.2
+    assert counted("bf16") < 1.7
+    assert counted("4-bit, eigenvectors") < 1.2
+    assert counted("4-bit, Cholesky") < 1.2
+
+
+def test_state_table(tmp_path: Path) -> None:
+    """The table and the JSON have every storage; bytes on "meta" are those of real states."""
+    options = ["--set", "tiny", "--block-size", "16", "--output", str(tmp_path)]
+    assert state_bytes.main(options) == 0
+    result = json.loads((tmp_path / "state_bytes.json").read_text())
+    table = (tmp_path / "state_bytes.md").read_text()
+    assert all(f"| {name} |" in table for name in state_bytes.STORAGES)
+    for name, storage in state_bytes.STORAGES.items():
+        tx = sf.shampoo(1e-3, weight_decay=0.01, block_size=16, storage=storage)
+        leaves = tree.leaves(tx.init(SETS["tiny"]()))
+        real = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        assert sum(result["states"][name].values()) == real
 
 
 def test_interleaving_times_every_job_in_every_round() -> None:

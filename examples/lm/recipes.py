@@ -27,12 +27,12 @@ STORAGES: dict[str, Any] = {
     "8bit": {
         "factor": sf.symmetric_packing(),
         "root": sf.eight_bit(),
-        "second_moment": sf.eight_bit(),
+        "second_moment": sf.bfloat16_codec(),
     },
     "4bit": {
         "factor": sf.four_bit_eigen(),
         "root": sf.four_bit_eigen(basis="eigh"),
-        "second_moment": sf.eight_bit(),
+        "second_moment": sf.bfloat16_codec(),
     },
 }
 """What Shampoo keeps its factors, roots and grafting moments in."""

@@ -41,8 +41,8 @@ class Bfloat16Codec(Codec):
         return code.rounded.to(code.dtype.dtype)
 
     def like(self, code: Bfloat16Code) -> Tensor:
-        """Return a tensor without data in the shape of the value."""
-        return torch.empty(code.rounded.shape, dtype=code.dtype.dtype, device="meta")
+        """Return a tensor without data in the shape and strides of the value."""
+        return torch.empty_like(code.rounded, dtype=code.dtype.dtype, device="meta")
 
 
 def bfloat16_codec() -> Bfloat16Codec:

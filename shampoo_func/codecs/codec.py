@@ -86,7 +86,7 @@ class Codec(ABC):
         """
         if role not in self.roles:
             raise HyperparameterError(
-                f"{self!r} does not serve the role {role!r}; it serves "
-                f"{', '.join(sorted(self.roles))}."
+                f"{self!r} does not serve the role {role!r}; use another codec for it, or leave it "
+                f"out. This one serves {', '.join(sorted(self.roles))}."
             )
         return self

@@ -99,16 +99,19 @@ class EightBit(Codec):
         numbers = pack(off)
         scale = scale_of(numbers, self.block).to(dtype)
         byte = _linear(numbers / self._divisor(scale, numbers.shape[-1]))
-        return TriangleCode(byte, scale, diagonal.to(dtype).clone())
+        return TriangleCode(
+            byte, scale, diagonal.to(dtype).clone(memory_format=torch.contiguous_format)
+        )
 
     def _decode_symmetric(self, code: TriangleCode) -> Tensor:
         scale = spread(code.scale, code.byte.shape[-1], self.block)
-        off = unpack(code.byte.to(scale.dtype) / 127 * scale)
         diagonal = code.diagonal.to(scale.dtype)
+        row, column = torch.tril_indices(*[diagonal.shape[-1]] * 2, device=diagonal.device)
         unit = _unit(diagonal)
-        eye = torch.eye(off.shape[-1], dtype=torch.bool, device=off.device)
-        full = off * unit.unsqueeze(-1) * unit.unsqueeze(-2)
-        return torch.where(eye, diagonal.unsqueeze(-1), full).to(code.diagonal.dtype)
+        units = unit.index_select(-1, row) * unit.index_select(-1, column)
+        off = code.byte.to(scale.dtype) / 127 * scale * units
+        packed = torch.where(row == column, diagonal.index_select(-1, row), off)
+        return unpack(packed).to(code.diagonal.dtype)
 
     def _divisor(self, scale: Tensor, size: int) -> Tensor:
         """Return what to divide by: the scale, or 1 where all is 0 or something not finite."""

@@ -39,7 +39,7 @@ class CholeskyCode(NamedTuple):
 class FourBitCholesky(Codec):
     """See `four_bit_cholesky`."""
 
-    beta_error: float = 0.95
+    beta_error: float = 0.0
     epsilon: float = 1e-8
 
     @property
@@ -60,11 +60,12 @@ class FourBitCholesky(Codec):
         error_levels, error_scale = _quantized(
             self.beta_error * error + (1 - self.beta_error) * lost, value.dtype
         )
+        diagonal = factor.diagonal(dim1=-2, dim2=-1).to(value.dtype)
         return CholeskyCode(
             join(levels, error_levels),
             scale,
             error_scale,
-            factor.diagonal(dim1=-2, dim2=-1).to(value.dtype).contiguous(),
+            diagonal.clone(memory_format=torch.contiguous_format),
         )
 
     def decode(self, code: CholeskyCode) -> Float[Tensor, "*batch n n"]:
@@ -88,15 +89,23 @@ class FourBitCholesky(Codec):
         """Return the Cholesky factor; NaN where there is none, 0 of 0."""
         # float64: an average of few gradients is singular, and float32 would find it indefinite
         exact = value.to(torch.promote_types(value.dtype, linalg.scalar_dtype(value.device)))
-        diagonal = exact.diagonal(dim1=-2, dim2=-1)
-        largest = diagonal.abs().sum(-1)[..., None, None]
-        zero = largest == 0
+        trace = exact.diagonal(dim1=-2, dim2=-1).abs().sum(-1)[..., None, None]
         eye = torch.eye(value.shape[-1], dtype=exact.dtype, device=value.device)
-        unit = exact / torch.where(zero, 1.0, largest) + self.epsilon * eye
-        factor, failed = torch.linalg.cholesky_ex(unit)
-        factor = factor * largest.sqrt()
+        unit = exact / torch.where(trace == 0, 1.0, trace)
+        # a few roundings of the value itself, each at most eps / 2 of the trace, are forgiven too
+        damping = max(self.epsilon, 4 * torch.finfo(value.dtype).eps)
+        factor, failed = torch.linalg.cholesky_ex(unit + damping * eye)
+        factor = factor * self._shrinking(unit, damping) * trace.sqrt()
         factor = torch.where((failed > 0)[..., None, None], torch.nan, factor)
         return factor.to(linalg.compute_dtype(value.dtype))
+
+    def _shrinking(self, unit: Tensor, damping: float) -> Tensor:
+        """Return what to multiply the rows by to have the diagonal as it was without damping.
+
+        A damping that stayed would add up, as a matrix is stored again at every step.
+        """
+        diagonal = unit.diagonal(dim1=-2, dim2=-1)
+        return (diagonal.clamp(min=0.0) / (diagonal + damping)).sqrt().unsqueeze(-1)
 
     def _error(self, code: CholeskyCode) -> Tensor:
         """Return the error that was carried on; 0 where it is lost in a NaN."""
@@ -125,11 +134,12 @@ def _numbers(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return from_levels(levels, dtype) * spread(scale, levels.shape[-1], BLOCK)
 
 
-def four_bit_cholesky(beta_error: float = 0.95, *, epsilon: float = 1e-8) -> FourBitCholesky:
+def four_bit_cholesky(beta_error: float = 0.0, *, epsilon: float = 1e-8) -> FourBitCholesky:
     """Store the Cholesky factor of a symmetric matrix in 4 bits, with error feedback.
 
-    A + epsilon tr(A) I = C C^T. Off the diagonal, with Q rounding to 16 levels relative to the
-    largest of every 64 entries, the code is Q(C + E), and what rounding loses is carried on:
+    A + epsilon tr(A) I = C C^T, with the rows of C scaled so that C C^T has the diagonal of A.
+    Off the diagonal, with Q rounding to 16 levels relative to the largest of every 64 entries,
+    the code is Q(C + E), and what rounding loses is carried on:
 
         E <- beta_error E + (1 - beta_error) (C + E - Q(C + E))
 
@@ -139,18 +149,23 @@ def four_bit_cholesky(beta_error: float = 0.95, *, epsilon: float = 1e-8) -> Fou
     A matrix that is not finite, or so indefinite that epsilon does not help, decodes to NaN.
 
     Args:
-        beta_error: Decay of the error that is carried on, in [0, 1).
-        epsilon: Damping before the factorisation, relative to the trace. The factorisation is
-            in float64.
+        beta_error: Decay of the error that is carried on, in [0, 1). At 0 all that is lost now
+            is added at the next step, and nothing twice. A large one keeps adding what has been
+            added already: where A is an average that is read from its own code, as factors
+            are, it grows without bound (0.95 does so within some hundred steps at
+            beta2 = 0.99); it is for matrices that are computed anew.
+        epsilon: Damping before the factorisation, relative to the trace, and at least four
+            roundings in the dtype of A. The factorisation is in float64.
 
     Raises:
         HyperparameterError: If a number is out of range.
 
-    Source: arXiv 2412.10663 (Cholesky quantisation with error feedback).
+    Source: arXiv 2412.10663 (Cholesky quantisation with error feedback; there beta_error is
+        0.95, and there is no scaling of rows).
 
     Example:
         >>> codec = four_bit_cholesky()
-        >>> codec.decode(codec.encode(torch.tensor([[4.0, 2.0], [2.0, 5.0]])))
+        >>> codec.decode(codec.encode(torch.tensor([[4.0, 2.0], [2.0, 5.0]]))).round(decimals=3)
         tensor([[4., 2.],
                 [2., 5.]])
     """

@@ -56,8 +56,10 @@ def symmetric_packing(dtype: torch.dtype | None = None) -> SymmetricPacking:
     """Keep one triangle of a symmetric matrix: n (n + 1) / 2 numbers instead of n^2.
 
     The triangle is the lower one, which is the one that `torch.linalg.eigh` reads; so Shampoo
-    with packed factors and roots has the bits of Shampoo without. It is the one codec that
-    rounds nothing, and so the one that can be differentiated.
+    with packed factors and roots has the bits of Shampoo without. (What reads both triangles,
+    `qr_basis` and `eigenvalues="every_step"`, has them to rounding: the two triangles of a
+    product G G^T may differ in the last bit.) It is the one codec that rounds nothing, and so
+    the one that can be differentiated.
 
     Args:
         dtype: What the triangle is stored in; the value's own dtype, exactly, if not given.

@@ -189,7 +189,7 @@ def _checked(codecs: Mapping[str, Codec]) -> tuple[tuple[str, Codec], ...]:
     for role, codec in codecs.items():
         if role not in ROLES:
             raise HyperparameterError(
-                f"there is no role {role!r}; the roles are {', '.join(sorted(ROLES))}."
+                f"there is no role {role!r}; use one of {', '.join(sorted(ROLES))}."
             )
         if not isinstance(codec, Codec):
             raise HyperparameterError(

@@ -12,6 +12,7 @@ from shampoo_func.errors import HyperparameterError
 from shampoo_func.preconditioners.factors import Factors, preconditioned
 
 __all__ = [
+    "check_permutable",
     "checked_basis",
     "eye_bases",
     "permuted",
@@ -105,6 +106,21 @@ def where_started(started: Tensor, new: Any, old: Any) -> Any:
         return linalg.choose(started, new, old)
     parts = (where_started(started, *pair) for pair in zip(new, old, strict=True))
     return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
+
+
+def check_permutable(roles: Any) -> None:
+    """Check that no second moment is a code, whose numbers have no order to change.
+
+    Raises:
+        HyperparameterError: If one is.
+    """
+    if roles == "second_moment code":
+        raise HyperparameterError(
+            'carry="permute" cannot reorder second moments that are stored as codes; put '
+            "quantized(...) around in_eigenbasis(...), not inside it."
+        )
+    for child in () if isinstance(roles, str) else roles:
+        check_permutable(child)
 
 
 def permuted(state: Any, roles: Any, orders: dict[int, Tensor], failed: Tensor) -> Any:

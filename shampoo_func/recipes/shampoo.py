@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.codecs import Codec
-from shampoo_func.errors import HyperparameterError, check_choice, check_number
+from shampoo_func.errors import HyperparameterError, check_choice
 from shampoo_func.preconditioners import (
     graft,
     identity_preconditioner,
@@ -19,6 +18,7 @@ from shampoo_func.preconditioners import (
     quantized,
     second_moment,
 )
+from shampoo_func.recipes.decay import DecayKind, decay_of
 from shampoo_func.recipes.parts import is_zero, unless_zero
 from shampoo_func.transforms import (
     Chain,
@@ -29,15 +29,17 @@ from shampoo_func.transforms import (
     ema,
     identity,
     precondition,
+    primal_averaging,
     scale_by_learning_rate,
+    schedule_free,
     trace,
 )
 from shampoo_func.types import Preconditioner, Scalar, Schedule, Transformation
 
-__all__ = ["DecayKind", "Grafting", "shampoo"]
+__all__ = ["Grafting", "IterateAveraging", "shampoo"]
 
-DecayKind = Literal["decoupled", "l2", "corrected", "independent"]
 Grafting = Literal["adam", "rmsprop", "adagrad", "sgd"]
+IterateAveraging = Literal["primal_averaging", "schedule_free"]
 
 
 def shampoo(
@@ -63,12 +65,16 @@ def shampoo(
     exponents: Mapping[int, float | Mapping[int, float]] | None = None,
     max_dim: int | None = None,
     trace_scaling: float | None = None,
-    root: linalg.RootSolver | linalg.Guarded | None = None,
+    root: linalg.RootSolver | linalg.Guarded | Literal["auto"] | None = None,
     kl: bool = False,
     policy: Policy | None = None,
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
     storage: Codec | Mapping[str, Codec] | None = None,
+    averaging: IterateAveraging | None = None,
+    eval_interpolation: Scalar = 0.9,
+    train_interpolation: Scalar = 0.8,
+    rate_power: Scalar = 2.0,
 ) -> Chain:
     """Shampoo with blocks, grafting, momentum and decay, as in Distributed Shampoo.
 
@@ -107,7 +113,8 @@ def shampoo(
         exponents: Inverse exponents by order and dimension, see `kronecker`.
         max_dim: Dimensions of blocks larger than this are left alone.
         trace_scaling: See `kronecker`.
-        root: Inverse root solver; `eigh_root(epsilon)` if not given. Excludes `epsilon`.
+        root: Inverse root solver, in the place of `epsilon`; `eigh_root(epsilon)` if not given.
+            "auto" is `auto_root(epsilon)`, which chooses by device and size.
         kl: Whether the factors are those of KL-Shampoo, as Distributed Shampoo takes them, see
             `kronecker`; for the paper's form see `kl_shampoo`.
         policy: Another refresh policy, `staggered(10)` for instance, in the place of
@@ -116,6 +123,12 @@ def shampoo(
         root_dtype: dtype of the roots.
         storage: A codec, or codecs by role, for what is kept of factors, roots and grafting
             moments between steps, see `quantized`.
+        averaging: Iterate averaging in the place of momentum: "primal_averaging" (GPA) or
+            "schedule_free"; evaluate at `eval_params`. Decay then shrinks the iterates z.
+        eval_interpolation: For "primal_averaging": how much of the average stays at a step.
+        train_interpolation: Where gradients are taken, between the iterates (0) and their
+            average (1).
+        rate_power: For "schedule_free": iterates are weighted by this power of their rate.
 
     Raises:
         HyperparameterError: If an argument is of the wrong kind or range.
@@ -129,10 +142,10 @@ def shampoo(
         >>> list(state)
         ['precondition', 'add_decayed_weights', 'scale_by_learning_rate']
     """
-    check_choice(
-        "weight_decay_kind", weight_decay_kind, ("decoupled", "l2", "corrected", "independent")
-    )
-    if root is not None and (isinstance(epsilon, Tensor) or epsilon != 1e-12):
+    decay = decay_of(weight_decay, weight_decay_kind, learning_rate, peak_learning_rate)
+    if root == "auto":
+        root = linalg.auto_root(epsilon)
+    elif root is not None and (isinstance(epsilon, Tensor) or epsilon != 1e-12):
         raise HyperparameterError(
             f"epsilon={epsilon!r} and root={root!r} are both given; set epsilon in the root."
         )
@@ -163,17 +176,47 @@ def shampoo(
         block_size=block_size,
         merge_dims=merge_dims,
     )
-    decay = unless_zero(
-        weight_decay, _decay(weight_decay, weight_decay_kind, learning_rate, peak_learning_rate)
-    )
-    before, after = (decay, []) if weight_decay_kind == "l2" else ([], decay)
+    l2 = weight_decay_kind == "l2"
+    if averaging is None:
+        last: list[Transformation] = [
+            *unless_zero(0.0 if l2 else decay, add_decayed_weights(decay)),
+            *unless_zero(momentum, trace(momentum, nesterov=nesterov, dampening=dampening)),
+            scale_by_learning_rate(learning_rate),
+        ]
+    else:
+        if not is_zero(momentum):
+            raise HyperparameterError(
+                f"momentum={momentum!r} and averaging={averaging!r} are both given; remove one: "
+                "averaging has a momentum of its own (train_interpolation)."
+            )
+        last = [
+            _averaging_stage(
+                averaging,
+                learning_rate,
+                0.0 if l2 else decay,
+                eval_interpolation,
+                train_interpolation,
+                rate_power,
+            )
+        ]
     return chain(
-        *before,
-        shampoo_direction,
-        *after,
-        *unless_zero(momentum, trace(momentum, nesterov=nesterov, dampening=dampening)),
-        scale_by_learning_rate(learning_rate),
+        *unless_zero(decay if l2 else 0.0, add_decayed_weights(decay)), shampoo_direction, *last
     )
+
+
+def _averaging_stage(
+    averaging: IterateAveraging,
+    learning_rate: Scalar | Schedule,
+    decay: Scalar | Schedule,
+    eval_interpolation: Scalar,
+    train_interpolation: Scalar,
+    rate_power: Scalar,
+) -> Transformation:
+    """Return the stage that moves and averages the parameters."""
+    check_choice("averaging", averaging, ("primal_averaging", "schedule_free", None))
+    if averaging == "schedule_free":
+        return schedule_free(learning_rate, train_interpolation, rate_power, decay)
+    return primal_averaging(learning_rate, eval_interpolation, train_interpolation, decay)
 
 
 def _grafted_method(
@@ -192,42 +235,3 @@ def _grafted_method(
         epsilon=1e-8 if epsilon is None else epsilon,
         bias_correction=grafting == "adam",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _CorrectedDecay:
-    """weight_decay * learning_rate(step) / peak, as a schedule."""
-
-    weight_decay: Scalar
-    learning_rate: Schedule
-    peak: Scalar
-
-    def __call__(self, step: Any) -> Any:
-        return self.weight_decay * self.learning_rate(step) / self.peak
-
-
-def _decay(
-    weight_decay: Scalar,
-    kind: DecayKind,
-    learning_rate: Scalar | Schedule,
-    peak: Scalar | None,
-) -> Transformation:
-    """Return the decay stage of the given kind."""
-    check_number("weight_decay", weight_decay)
-    if peak is not None:
-        check_number("peak_learning_rate", peak, low_open=True, high_open=True)
-    if is_zero(weight_decay) or kind in ("l2", "decoupled"):
-        return add_decayed_weights(weight_decay)
-    if peak is None:
-        if callable(learning_rate) or isinstance(learning_rate, Tensor):
-            raise HyperparameterError(
-                f"weight_decay_kind={kind!r} with a schedule or tensor as learning_rate needs "
-                "peak_learning_rate: the rate that weight_decay is meant for."
-            )
-        peak = learning_rate
-    check_number("learning_rate", peak, low_open=True)
-    if kind == "independent":
-        return add_decayed_weights(weight_decay / peak)
-    if callable(learning_rate) and not isinstance(learning_rate, Tensor):
-        return add_decayed_weights(_CorrectedDecay(weight_decay, learning_rate, peak))
-    return add_decayed_weights(weight_decay * learning_rate / peak)

@@ -35,13 +35,14 @@ __all__ = ["Cut", "Sharding", "sharding", "wrapped"]
 class Cut:
     """How parameters are cut, and into what: their paths and specs.
 
-    block_size, merge_dims: those of `blocked`.
+    block_size, merge_dims, merge_to: those of `blocked`.
     """
 
     paths: tuple[str, ...]
     specs: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
     block_size: int | None
     merge_dims: bool
+    merge_to: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,14 @@ class Sharding:
             ShardingError: If a tensor is stored in a way that cannot be served.
         """
         return exchange_of(
-            self, cut.paths, cut.specs, cut.block_size, cut.merge_dims, kinds, present
+            self,
+            cut.paths,
+            cut.specs,
+            cut.block_size,
+            cut.merge_dims,
+            cut.merge_to,
+            kinds,
+            present,
         )
 
     def check(self, cut: Cut, kinds: tuple[Kind, ...], inner: str) -> None:
@@ -98,7 +106,8 @@ class Sharding:
             self.exchange(cut, kinds, (True,) * len(cut.paths))
             dtypes = [(shape, str(dtype)) for shape, dtype, _ in cut.specs]
             placements = [None if kind is None else str(kind[1]) for kind in kinds]
-            settings = (self.transport, self.communication_dtype, cut.block_size, cut.merge_dims)
+            sizes = (cut.block_size, cut.merge_dims, cut.merge_to)
+            settings = (self.transport, self.communication_dtype, sizes)
             fingerprint = self.plan(cut).fingerprint(dtypes, placements, settings, inner)
         except ShampooFuncError as error:
             problem = error
@@ -111,7 +120,12 @@ def _plan(own: Sharding, cut: Cut) -> ShardPlan:
     kinds = [
         LeafSpec(shape, dtype, torch.device(device.type)) for shape, dtype, device in cut.specs
     ]
-    blocks = plan_blocks(kinds, block_size=cut.block_size, merge_dims=cut.merge_dims)
+    blocks = plan_blocks(
+        kinds,
+        block_size=cut.block_size,
+        merge_dims=cut.merge_dims,
+        merge_to=cut.merge_to,
+    )
     return plan_shards(
         blocks,
         cut.paths,
@@ -129,11 +143,12 @@ def exchange_of(
     specs: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...],
     block_size: int | None,
     merge_dims: bool,
+    merge_to: int | None,
     kinds: tuple[Kind, ...],
     present: tuple[bool, ...],
 ) -> Exchange:
     """Plan what one call sends; the arguments are plain, so that tracing can pass them."""
-    return _exchange(own, Cut(paths, specs, block_size, merge_dims), kinds, present)
+    return _exchange(own, Cut(paths, specs, block_size, merge_dims, merge_to), kinds, present)
 
 
 @functools.lru_cache(maxsize=128)

@@ -44,6 +44,7 @@ from shampoo_func.transforms.joined_schedules import (
     warmup_cosine_decay_schedule,
     warmup_stable_decay_schedule,
 )
+from shampoo_func.transforms.memory import state_bytes
 from shampoo_func.transforms.momentum import Ema, EmaState, Trace, TraceState, ema, trace
 from shampoo_func.transforms.named import (
     scale_by_adam,
@@ -159,6 +160,7 @@ __all__ = [
     "schedule_free",
     "sharded",
     "staggered",
+    "state_bytes",
     "state_report",
     "trace",
     "warmup_cosine_decay_schedule",

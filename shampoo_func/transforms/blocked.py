@@ -44,12 +44,18 @@ class Blocked(Wrapper):
     inner: Transformation
     block_size: int | None = 1024
     merge_dims: bool = True
+    merge_to: int | None = None
     sharding: Sharding | None = None
 
     def plan(self, params: Tree) -> BlockPlan:
         """Return how the parameters are cut into blocks; only their shapes are looked at."""
         specs = [LeafSpec.of(leaf) for leaf in tree.leaves(params)]
-        return plan_blocks(specs, block_size=self.block_size, merge_dims=self.merge_dims)
+        return plan_blocks(
+            specs,
+            block_size=self.block_size,
+            merge_dims=self.merge_dims,
+            merge_to=self.merge_to,
+        )
 
     def init(self, params: Tree) -> dict[str, Any]:
         """Return the inner state of every stack; every leaf has the block dimension first.
@@ -121,7 +127,9 @@ class Blocked(Wrapper):
 
     def _cut(self, params: Tree) -> Cut:
         specs = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.leaves(params))
-        return Cut(tuple(tree.paths(params)), specs, self.block_size, self.merge_dims)
+        return Cut(
+            tuple(tree.paths(params)), specs, self.block_size, self.merge_dims, self.merge_to
+        )
 
     def _shapes_from(self, updates: Tree, params: Tree | None, present: tuple[bool, ...]) -> Tree:
         """Return the tree that has the shapes of all parameters."""
@@ -175,6 +183,7 @@ def blocked(
     *,
     block_size: int | None = 1024,
     merge_dims: bool = True,
+    merge_to: int | None = None,
     mesh: DeviceMesh | None = None,
     transport: Transport | None = None,
     assignment: str = "bucket_lpt",
@@ -201,6 +210,9 @@ def blocked(
         block_size: Largest size of a block's dimension; None never cuts and never merges
             (dimensions of size 1 are still dropped if `merge_dims`).
         merge_dims: Whether to drop dimensions of size 1 and merge small ones.
+        merge_to: Merge only while more than this many dimensions are left: 2 makes matrices of
+            convolutions, as spectral methods want them. With `block_size=None` there is then
+            no limit to merging. 1 if not given, and no merging with `block_size=None`.
         mesh: The ranks that share the blocks, all of them whatever the mesh's dimensions. One
             dimension of a larger mesh, `mesh["blocks"]`, shares them within a group and
             repeats them in every other (the paper's trainers per group). Every rank of the
@@ -234,8 +246,15 @@ def blocked(
         )
     if block_size is not None:
         check_count("block_size", block_size)
+    if merge_to is not None:
+        check_count("merge_to", merge_to)
+        if not merge_dims:
+            raise HyperparameterError(
+                f"merge_to={merge_to} says how far dimensions are merged, but merge_dims is "
+                "False; leave out one of the two."
+            )
     if mesh is None:
-        return Blocked(inner, block_size, merge_dims)
+        return Blocked(inner, block_size, merge_dims, merge_to)
     shared = sharding(
         mesh,
         transport=transport,
@@ -243,4 +262,4 @@ def blocked(
         cost=cost,
         communication_dtype=communication_dtype,
     )
-    return Blocked(inner, block_size, merge_dims, shared)
+    return Blocked(inner, block_size, merge_dims, merge_to, shared)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from shampoo_func.types import Scalar
 __all__ = ["Spectrum", "spectral_root"]
 
 
+@runtime_checkable
 class Spectrum(Protocol):
     """What is done to the eigenvalues before the power: damping, cutoffs."""
 
