@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._dynamo import lookup_backend
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -530,3 +532,46 @@ def lose_a_peer(rank: int, world: int, storage: str, how: str) -> tuple[str, flo
 
 def _local(leaf: Tensor) -> Tensor:
     return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+
+def save_after(rank: int, world: int, storage: str, folder: str, steps: int) -> None:
+    """Train for some steps and save parameters and state with torch.distributed.checkpoint."""
+    shape, own, grad = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    tx = grafted(mesh=mesh)
+    params, state = train(
+        tx,
+        {name: stored(leaf, mesh, own) for name, leaf in random_tree(SHAPES, 0).items()},
+        [
+            {k: stored(v, mesh, grad) for k, v in random_tree(SHAPES, 1 + step).items()}
+            for step in range(steps)
+        ],
+    )
+    save({**sf.to_state_dict(tx, state, params), **params}, checkpoint_id=folder)
+
+
+def resume(
+    rank: int, world: int, storage: str, folder: str, first: int, steps: int, alone: bool = False
+) -> float:
+    """Load what `save_after` has saved, train on, and compare with an uninterrupted run."""
+    shape, own, grad = STORAGES[storage]
+    wanted, _ = train(
+        grafted(), random_tree(SHAPES, 0), [random_tree(SHAPES, 1 + i) for i in range(steps)]
+    )
+    mesh = None if alone else mesh_of(shape, world)
+    tx = grafted() if mesh is None else grafted(mesh=mesh)
+
+    def place(tree: Params, placements: list[Placement]) -> Params:
+        return tree if mesh is None else {k: stored(v, mesh, placements) for k, v in tree.items()}
+
+    params = place({k: torch.zeros_like(v) for k, v in random_tree(SHAPES, 0).items()}, own)
+    saved = {**sf.to_state_dict(tx, tx.init(params), params), **params}
+    load(saved, checkpoint_id=folder, no_dist=alone)
+    params = {name: saved[name] for name in params}
+    state = sf.from_state_dict(tx, params, saved)
+    for step in range(first, steps):
+        updates, state = tx.update(place(random_tree(SHAPES, 1 + step), grad), state, params)
+        params = sf.apply_updates(params, updates)
+    if mesh is None:
+        return max(_apart(params[name], wanted[name]) for name in wanted)
+    return difference(params, wanted, mesh, own)

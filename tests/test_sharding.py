@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -206,3 +207,27 @@ def test_a_lost_peer_is_a_typed_error_in_time(world: int, storage: str, how: str
             assert intact
     finally:
         pool.close()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize(
+    ("saved_on", "saved_as", "loaded_on", "loaded_as"),
+    [
+        (4, "plain", 4, "plain"),
+        (4, "plain", 2, "plain"),
+        (4, "shard0", 2, "shard0"),
+        (4, "shard0", 4, "plain"),
+        (2, "plain", 4, "shard0"),
+        (4, "hsdp", 4, "two_dims"),
+        (2, "partial", 4, "strided"),
+    ],
+)
+def test_checkpoints_move_between_worlds_and_storages(
+    tmp_path: Path, saved_on: int, saved_as: str, loaded_on: int, loaded_as: str
+) -> None:
+    """Saved on some ranks in one storage, resumed on others in another, and on one process."""
+    folder = str(tmp_path / "saved")
+    workers.pool(saved_on).run(cases.save_after, saved_as, folder, 3)
+    errors = workers.pool(loaded_on).run(cases.resume, loaded_as, folder, 3, 6)
+    assert max(errors) < 1e-9
+    assert cases.resume(0, 1, "plain", folder, 3, 6, alone=True) < 1e-9

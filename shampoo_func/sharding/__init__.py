@@ -7,7 +7,7 @@ from shampoo_func.sharding.exchange import Exchange, Here, LocalExchange, Reques
 from shampoo_func.sharding.plan import ShardPlan, balance, plan_shards
 from shampoo_func.sharding.settings import Cut, Sharding, kinds_of, sharding, wrapped
 from shampoo_func.sharding.shards import ShardLocalExchange
-from shampoo_func.sharding.storage import as_local
+from shampoo_func.sharding.storage import as_local, stored_like
 from shampoo_func.sharding.transports import (
     Transport,
     all_gather,
@@ -42,5 +42,6 @@ __all__ = [
     "reduce_scatter",
     "shard_local",
     "sharding",
+    "stored_like",
     "wrapped",
 ]

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -29,6 +30,7 @@ __all__ = [
     "kind_of",
     "local_shape",
     "store_leaf",
+    "stored_like",
 ]
 
 Indices = tuple[tuple[int, int], ...]
@@ -271,3 +273,35 @@ def _outer(outer: Indices, inner: Indices, size: int) -> Indices:
 def as_local(leaf: Any) -> Any:
     """Return the local tensor of a DTensor, and anything else as it is."""
     return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+
+def stored_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor stored as another: the local part of a plain one, or a gathered DTensor.
+
+    Args:
+        whole: A plain tensor, the same on every rank, or a DTensor.
+        like: What it is to be stored as. A DTensor for a plain one is gathered, by all ranks.
+    """
+    if isinstance(whole, DTensor):
+        if not isinstance(like, DTensor):
+            return whole.full_tensor()
+        return whole.redistribute(like.device_mesh, like.placements)
+    if not isinstance(like, DTensor):
+        return whole
+    place = like.device_mesh.get_coordinate()
+    mesh_shape = tuple(like.device_mesh.shape)
+    part = whole
+    if place is not None:
+        rows = _local_indices(tuple(whole.shape), mesh_shape, tuple(place), like.placements)
+        for dim, spans in enumerate(rows):
+            index = [i for start, stop in spans for i in range(start, stop)]
+            if len(index) < whole.shape[dim]:
+                part = part.index_select(dim, torch.tensor(index, device=whole.device).long())
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )

@@ -81,7 +81,7 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
-from shampoo_func.transforms.sharded import sharded
+from shampoo_func.transforms.sharded import sharded, with_sharding
 from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
@@ -168,4 +168,5 @@ __all__ = [
     "weight_ema",
     "weight_lawa",
     "with_hyperparams",
+    "with_sharding",
 ]

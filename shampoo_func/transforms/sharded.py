@@ -77,20 +77,22 @@ def sharded(
 def with_sharding(
     tx: Transformation, choose: Callable[[Blocked], Sharding | None]
 ) -> Transformation:
-    """Return a transformation with other shardings.
+    """Return a transformation with other shardings; the same object if none is another.
 
     Args:
         tx: The transformation.
         choose: What each `blocked` stage is to have.
     """
     if isinstance(tx, Blocked):
-        return dataclasses.replace(tx, sharding=choose(tx))
-    changed = {}
-    for field in dataclasses.fields(tx):  # type: ignore[arg-type]
-        value = getattr(tx, field.name)
+        chosen = choose(tx)
+        return tx if chosen is tx.sharding else dataclasses.replace(tx, sharding=chosen)
+    changed: dict[str, Any] = {}
+    # a transformation that is no dataclass has no fields to look into
+    for name in getattr(tx, "__dataclass_fields__", ()):
+        value = getattr(tx, name)
         new = _rebuilt(value, choose)
         if new is not value:
-            changed[field.name] = new
+            changed[name] = new
     return dataclasses.replace(tx, **changed) if changed else tx  # type: ignore[type-var]
 
 
