@@ -21,7 +21,7 @@ from shampoo_func.blocks import BlockPlan, LeafSpec, plan_blocks
 from shampoo_func.errors import HyperparameterError
 from shampoo_func.sharding import balance, plan_shards
 from shampoo_func.sharding.owners import bucket_lpt, chunk, lpt
-from shampoo_func.sharding.storage import _local_indices, _merge, local_shape
+from shampoo_func.sharding.storage import _merge, local_indices, local_shape
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -223,7 +223,7 @@ def test_index_sets_are_those_of_dtensor(
     numbers = torch.arange(math.prod(shape)).reshape(merged)
     seen: Counter[int] = Counter()
     for place in itertools.product(*(range(size) for size in mesh)):
-        rows = _local_indices(shape, mesh, place, placements)
+        rows = local_indices(shape, mesh, place, placements)
         local, _ = _compute_local_shape_and_global_offset(shape, mesh, list(place), placements)
         assert tuple(sum(b - a for a, b in own) for own in rows) == tuple(local)
         part = torch.arange(math.prod(shape)).reshape(shape)

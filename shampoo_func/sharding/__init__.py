@@ -3,11 +3,11 @@
 from shampoo_func.sharding.batched import check_not_batched
 from shampoo_func.sharding.check import check_plan
 from shampoo_func.sharding.costs import Cost, byte_cost, cubic_cost
+from shampoo_func.sharding.dtensors import as_local, kinds_of, stored_like, wrapped
 from shampoo_func.sharding.exchange import Exchange, Here, LocalExchange, Request
 from shampoo_func.sharding.plan import ShardPlan, balance, plan_shards
-from shampoo_func.sharding.settings import Cut, Sharding, kinds_of, sharding, wrapped
+from shampoo_func.sharding.settings import Cut, Sharding, sharding
 from shampoo_func.sharding.shards import ShardLocalExchange
-from shampoo_func.sharding.storage import as_local, stored_like
 from shampoo_func.sharding.transports import (
     Transport,
     all_gather,

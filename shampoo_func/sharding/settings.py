@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo_func.blocks import LeafSpec, plan_blocks
 from shampoo_func.errors import (
@@ -25,10 +22,10 @@ from shampoo_func.sharding.costs import Cost, cubic_cost
 from shampoo_func.sharding.exchange import Exchange, Request
 from shampoo_func.sharding.owners import ASSIGNMENTS
 from shampoo_func.sharding.plan import ShardPlan, plan_shards
-from shampoo_func.sharding.storage import Kind, LeafStorage, kind_of, store_leaf
+from shampoo_func.sharding.storage import Kind, LeafStorage, store_leaf
 from shampoo_func.sharding.transports import Automatic, Transport
 
-__all__ = ["Cut", "Sharding", "sharding", "wrapped"]
+__all__ = ["Cut", "Sharding", "sharding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,31 +177,6 @@ def _stored(
         return store_leaf(shape, merged, kind, own.ranks, own.mesh)
     except ShardingError as error:
         raise ShardingError(f"parameter {name!r} {error}") from None
-
-
-def wrapped(local: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """Return a local result as a DTensor, stored as its gradient or, for a sum, replicated.
-
-    Args:
-        local: The local result.
-        like: The gradient.
-    """
-    if local is None or not isinstance(like, DTensor):
-        return local
-    placements = [Replicate() if own.is_partial() else own for own in like.placements]
-    return DTensor.from_local(
-        local,
-        like.device_mesh,
-        placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
-
-
-def kinds_of(leaves: Sequence[Tensor | None]) -> tuple[Kind, ...]:
-    """Return how each tensor is stored."""
-    return tuple(kind_of(leaf) for leaf in leaves)
 
 
 def sharding(

@@ -11,12 +11,9 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shampoo_func.errors import ShardingError
@@ -26,11 +23,9 @@ __all__ = [
     "Kind",
     "LeafStorage",
     "Region",
-    "as_local",
-    "kind_of",
+    "local_indices",
     "local_shape",
     "store_leaf",
-    "stored_like",
 ]
 
 Indices = tuple[tuple[int, int], ...]
@@ -62,13 +57,6 @@ class LeafStorage:
     def whole(self) -> bool:
         """Whether every rank stores all of it."""
         return len(set(self.regions)) == 1 and self.regions[0] is not None
-
-
-def kind_of(leaf: Tensor | None) -> Kind:
-    """Return mesh and placements of a DTensor, and None for anything else."""
-    if isinstance(leaf, DTensor):
-        return leaf.device_mesh, leaf.placements
-    return None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,7 +95,7 @@ def store_leaf(
             regions.append(None)
             parts.append(0)
             continue
-        rows = _local_indices(shape, tuple(own_mesh.shape), place, placements)
+        rows = local_indices(shape, tuple(own_mesh.shape), place, placements)
         regions.append(_merge(rows, shape, merged))
         part = 0
         for dim in sums:
@@ -186,7 +174,7 @@ def _places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
     return dict(zip(mesh.mesh.flatten().tolist(), cells, strict=True))
 
 
-def _local_indices(
+def local_indices(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],
     place: tuple[int, ...],
@@ -267,41 +255,4 @@ def _outer(outer: Indices, inner: Indices, size: int) -> Indices:
             for index in range(first, last)
             for start, stop in inner
         )
-    )
-
-
-def as_local(leaf: Any) -> Any:
-    """Return the local tensor of a DTensor, and anything else as it is."""
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
-
-
-def stored_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor stored as another: the local part of a plain one, or a gathered DTensor.
-
-    Args:
-        whole: A plain tensor, the same on every rank, or a DTensor.
-        like: What it is to be stored as. A DTensor for a plain one is gathered, by all ranks.
-    """
-    if isinstance(whole, DTensor):
-        if not isinstance(like, DTensor):
-            return whole.full_tensor()
-        return whole.redistribute(like.device_mesh, like.placements)
-    if not isinstance(like, DTensor):
-        return whole
-    place = like.device_mesh.get_coordinate()
-    mesh_shape = tuple(like.device_mesh.shape)
-    part = whole
-    if place is not None:
-        rows = _local_indices(tuple(whole.shape), mesh_shape, tuple(place), like.placements)
-        for dim, spans in enumerate(rows):
-            index = [i for start, stop in spans for i in range(start, stop)]
-            if len(index) < whole.shape[dim]:
-                part = part.index_select(dim, torch.tensor(index, device=whole.device).long())
-    return DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
     )
