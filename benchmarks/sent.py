@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             args = (world, store, options.layers, options.width, options.block)
-            spawn(_count, args, nprocs=world)
+            spawn(_count, args, nprocs=world)  # type: ignore[no-untyped-call]
     return 0
 
 
