@@ -552,3 +552,35 @@ def resume(
     if mesh is None:
         return max(_apart(params[name], wanted[name]) for name in wanted)
     return difference(params, wanted, mesh, own)
+
+
+def clip_first(rank: int, world: int, storage: str) -> float:
+    """Clip by the global norm in front of sharded blocks, momentum and decay behind."""
+    shape, own, _ = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    # DTensor itself replicates a dimension of size 1 when it broadcasts, so none here is sharded
+    shapes = {name: size for name, size in SHAPES.items() if 1 not in size}
+    whole: list[Placement] = [Replicate() for _ in range(mesh.ndim)]
+    ways = {name: own if size else whole for name, size in shapes.items()}
+    ways["gain"] = []
+    params = random_tree(shapes, 0)
+    grads = [random_tree(shapes, 1 + step) for step in range(4)]
+
+    def make(**options: Any) -> sf.Transformation:
+        return sf.chain(
+            sf.clip_by_global_norm(1.0),
+            elementwise(**options),
+            sf.ema(0.9),
+            sf.add_decayed_weights(0.1),
+            sf.scale_by_learning_rate(0.1),
+        )
+
+    wanted, _ = train(make(), params, list(grads))
+    found, _ = train(
+        make(mesh=mesh),
+        {name: stored(leaf, mesh, ways[name]) for name, leaf in params.items()},
+        [{name: stored(leaf, mesh, ways[name]) for name, leaf in one.items()} for one in grads],
+    )
+    return max(
+        difference({name: found[name]}, {name: wanted[name]}, mesh, ways[name]) for name in shapes
+    )

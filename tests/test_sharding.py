@@ -231,3 +231,9 @@ def test_checkpoints_move_between_worlds_and_storages(
     errors = workers.pool(loaded_on).run(cases.resume, loaded_as, folder, 3, 6)
     assert max(errors) < 1e-9
     assert cases.resume(0, 1, "plain", folder, 3, 6, alone=True) < 1e-9
+
+
+@pytest.mark.parametrize(("world", "storage"), [(2, "shard0"), (4, "hsdp"), (4, "two_dims")])
+def test_stages_outside_of_blocks_work_on_stored_parameters(world: int, storage: str) -> None:
+    """Clipping by the global norm, momentum and decay, in the layout of the parameters."""
+    assert max(workers.pool(world).run(cases.clip_first, storage)) < 1e-9

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo_func.sharding.storage import Kind, local_indices
 
-__all__ = ["as_local", "kinds_of", "stored_like", "wrapped"]
+__all__ = ["as_local", "kinds_of", "stored_like", "whole_norms", "wrapped"]
 
 
 def kind_of(leaf: Tensor | None) -> Kind:
@@ -81,3 +81,25 @@ def stored_like(whole: Tensor, like: Tensor) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
+
+
+def whole_norms(norms: list[Tensor]) -> list[Tensor]:
+    """Return norms of which those of DTensors are combined, per mesh, to plain ones.
+
+    Args:
+        norms: 0-d tensors; the result has the same norm. With DTensors every rank must call.
+    """
+    plain = [norm for norm in norms if not isinstance(norm, DTensor)]
+    groups: list[list[Any]] = []
+    for norm in norms:
+        if isinstance(norm, DTensor):
+            for group in groups:
+                if group[0].device_mesh == norm.device_mesh:
+                    group.append(norm)
+                    break
+            else:
+                groups.append([norm])
+    for group in groups:
+        total: Any = torch.linalg.vector_norm(torch.stack(group))
+        plain.append(total.full_tensor())
+    return plain
