@@ -37,6 +37,9 @@ import shampoo_func as sf
 
 Array = npt.NDArray[np.float64]
 
+# Of a case that names none: room for float32 learning rates and bias corrections.
+TOLERANCE = 5e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -88,7 +91,7 @@ def load_case(path: Path) -> Case:
         gradients=[arrays[f"grads{i}"] for i in range(count)],
         trajectory=[arrays[f"trajectory{i}"] for i in range(count)],
         learning_rates=arrays["lr"],
-        tolerance=float(options["tolerance"]),
+        tolerance=float(options.get("tolerance", TOLERANCE)),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -257,8 +257,21 @@ class Configuration:
     averaging: Momentum | PrimalAveraging | ScheduleFree | None
 
 
-# These say how the arrays were drawn or described, not what the optimizer does.
-DESCRIPTIONS = {"name", "shapes", "steps", "sensitivity", "tolerance", "lowrank"}
+# These say how the arrays were drawn or described, not what the optimizer does: the learning rates
+# themselves are an array.
+DESCRIPTIONS = {
+    "name",
+    "shapes",
+    "steps",
+    "sensitivity",
+    "tolerance",
+    "lowrank",
+    "seed",
+    "schedule",
+    "lr_schedule",
+    "description",
+    "note",
+}
 SECTIONS = {"kw", "prec", "graft", "wd", "mom", "gpa", "sf"}
 
 # These change how the reference runs, never what it computes.
@@ -327,6 +340,11 @@ KINDS = {
     "adam": ("adam",),
 }
 KIND_OF = {alias: kind for kind, aliases in KINDS.items() for alias in aliases}
+AVERAGING_CLASSES: dict[str, dict[str, set[str]]] = {
+    "mom": {"ClassicMomentumConfig": {"momentum", "dampening", "use_nesterov"}},
+    "gpa": {"GeneralizedPrimalAveragingConfig": {"eval_interp_coeff", "train_interp_coeff"}},
+    "sf": {"ScheduleFreeConfig": {"train_interp_coeff", "eval_coeff_lr_power"}},
+}
 WEIGHT_DECAY_KINDS: dict[str, DecayKind] = {
     "L2": "l2",
     "DECOUPLED": "decoupled",
@@ -472,7 +490,9 @@ def _by_order(override: str | Options) -> dict[int, Any]:
 
 
 def _weight_decay_kind(name: str) -> DecayKind:
-    short = name.rpartition(".")[2].upper()
+    # an enumeration prints as NAME, WeightDecayType.NAME or <WeightDecayType.NAME: 1>
+    found = re.fullmatch(r"<?(?:WeightDecayType\.)?(\w+)(?:: \d+>)?", name)
+    short = found[1].upper() if found else ""
     if short not in WEIGHT_DECAY_KINDS:
         raise Unsupported(f"unknown weight decay type: {name}")
     return WEIGHT_DECAY_KINDS[short]
@@ -495,8 +515,11 @@ def _averaging(options: Options) -> Momentum | PrimalAveraging | ScheduleFree | 
         return None
     (name,) = chosen
     own = options[name]
+    ((printed_name, known),) = AVERAGING_CLASSES[name].items()
+    if isinstance(own, str):
+        own = _config(own, {printed_name: known}).options
+    _only(own, known, f"option of {printed_name}")
     if name == "mom":
-        _only(own, {"momentum", "dampening", "use_nesterov"}, "option of momentum")
         return Momentum(
             momentum=float(own.get("momentum", 0.5)),
             dampening=float(own.get("dampening", 0.0)),
@@ -504,18 +527,27 @@ def _averaging(options: Options) -> Momentum | PrimalAveraging | ScheduleFree | 
         )
     train = float(own.get("train_interp_coeff", 0.8))
     if name == "gpa":
-        _only(own, {"eval_interp_coeff", "train_interp_coeff"}, "option of primal averaging")
         return PrimalAveraging(
             eval_interpolation=float(own.get("eval_interp_coeff", 0.9)), train_interpolation=train
         )
-    _only(own, {"train_interp_coeff", "eval_coeff_lr_power"}, "option of Schedule-Free")
     power = float(own.get("eval_coeff_lr_power", 2))
     return ScheduleFree(train_interpolation=train, rate_power=power)
 
 
-def _preconditioner(section: Sequence[Any]) -> Preconditioner:
-    name, options = section
-    plain = re.sub(r"[^a-z0-9]", "", str(name).lower()).removesuffix("preconditionerconfig")
+def _kind_and_options(section: Any) -> tuple[str, Options]:
+    """Reads `[kind, options]`, a kind alone, or a configuration object in print."""
+    if not isinstance(section, str):
+        name, options = section
+        return str(name), options
+    printed = parse_config(section) if "(" in section else Call(section, {})
+    if not isinstance(printed, Call):
+        raise Unsupported(f"preconditioner: {section}")
+    return printed.name, printed.options
+
+
+def _preconditioner(section: Any) -> Preconditioner:
+    name, options = _kind_and_options(section)
+    plain = re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("preconditionerconfig")
     kind = KIND_OF.get(plain)
     match kind:
         case "root" | "klroot":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,19 @@ def test_state_keeps_to_its_targets() -> None:
     assert counted("bf16") < 1.7
     assert counted("4-bit, eigenvectors") < 1.2
     assert counted("4-bit, Cholesky") < 1.2
+
+
+def test_bytes_and_losses_are_of_the_same_storage() -> None:
+    """What the example trains with is what is counted."""
+    path = Path(__file__).parent.parent / "examples" / "lm" / "recipes.py"
+    trained = runpy.run_path(str(path))["STORAGES"]
+    names = {
+        "full": "no codec",
+        "packed": "packing",
+        "8bit": "8-bit",
+        "4bit": "4-bit, eigenvectors",
+    }
+    assert trained == {ours: state_bytes.STORAGES[name] for ours, name in names.items()}
 
 
 def test_state_table(tmp_path: Path) -> None:

@@ -246,6 +246,20 @@ def test_options_are_read_as_the_reference_means_them(folder: Path) -> None:
     [
         (sections(wd="INDEPENDENT"), sections(wd="WeightDecayType.INDEPENDENT")),
         (sections(wd="CORRECTED"), sections(wd="corrected")),
+        (sections(wd="L2"), sections(wd="<WeightDecayType.L2: 1>")),
+        (sections(mom={"momentum": 0.9}), sections(mom="ClassicMomentumConfig(momentum=0.9)")),
+        (sections(prec=["eigcorr", {}]), sections(prec="eigcorr")),
+        (
+            sections(graft=["adam", {"beta2": 0.9}]),
+            sections(graft="AdamPreconditionerConfig(beta2=0.9)"),
+        ),
+        (
+            sections(prec=["eigdec", {"inverse_exponent_override": "{2: 0.5}"}]),
+            sections(
+                prec="EigendecomposedShampooPreconditionerConfig(amortized_computation_config="
+                "EighEigendecompositionConfig(), inverse_exponent_override={2: 0.5})"
+            ),
+        ),
         (sections(prec=["root", {}]), lambda case: case.pop("prec")),
         (
             sections(prec=["kleigdec", {}]),

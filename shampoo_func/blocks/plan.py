@@ -80,12 +80,13 @@ class BlockPlan:
     stacks: tuple[tuple[str, int], ...]
 
 
-def merge_small_dims(shape: Sequence[int], limit: float, merge_to: int = 1) -> tuple[int, ...]:
+def merge_small_dims(shape: Sequence[int], limit: int | None, merge_to: int = 1) -> tuple[int, ...]:
     """Drop dimensions of size 1 and merge neighbours, from the last on, up to `limit`.
 
     Args:
         shape: The shape of a parameter.
         limit: The largest size that a merged dimension may have; a larger one stays as it is.
+            None for no limit.
         merge_to: Merge only while more than this many dimensions are left.
 
     Returns:
@@ -103,7 +104,7 @@ def merge_small_dims(shape: Sequence[int], limit: float, merge_to: int = 1) -> t
     merged = [sizes[0]]
     for done, size in enumerate(sizes[1:], start=1):
         left = len(merged) + len(sizes) - done
-        if left > merge_to and merged[-1] * size <= limit:
+        if left > merge_to and (limit is None or merged[-1] * size <= limit):
             merged[-1] *= size
         else:
             merged.append(size)
@@ -175,8 +176,7 @@ def _cut(
     """Cut one parameter into tiles, not yet assigned to stacks."""
     if 0 in shape:
         return ParameterPlan(shape, (0,), (), ())
-    unbounded = 0 if merge_to is None else math.inf
-    limit = unbounded if block_size is None else block_size
+    limit = 0 if block_size is None and merge_to is None else block_size
     merged = merge_small_dims(shape, limit, merge_to or 1) if merge_dims else (shape or (1,))
     pieces = [_segments(size, block_size or size) for size in merged]
     tiles = tuple(
