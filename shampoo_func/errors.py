@@ -18,9 +18,12 @@ __all__ = [
     "OptimizerError",
     "ParameterError",
     "PartitionError",
+    "PeerError",
+    "PlanMismatchError",
     "RefreshError",
     "RootFailureError",
     "ShampooFuncError",
+    "ShardingError",
     "TreeMismatchError",
     "UnknownArgumentError",
 ]
@@ -89,6 +92,18 @@ class CheckpointError(ShampooFuncError, ValueError):
 
 class OptimizerError(ShampooFuncError, RuntimeError):
     """The torch.optim shell was asked for something that it cannot do now."""
+
+
+class ShardingError(ShampooFuncError, ValueError):
+    """A parameter is stored, or a mesh laid out, in a way that blocks cannot be shared over."""
+
+
+class PlanMismatchError(ShampooFuncError, RuntimeError):
+    """The ranks of a mesh have planned different blocks, owners or transports."""
+
+
+class PeerError(ShampooFuncError, RuntimeError):
+    """A collective failed: another rank has ended, or did not come within the timeout."""
 
 
 def check_number(

@@ -222,6 +222,11 @@ CASES = [
             policy=sf.adaptive(0.1, period=2),
         ),
     ),
+    Case(
+        "sharded",
+        "sharded",
+        lambda: sf.sharded(sf.blocked(sf.trace(0.9), block_size=3), None),
+    ),
     Case("soap", "soap", lambda: sf.soap(0.1, beta2=0.9, block_size=3, refresh_every=2)),
     Case(
         "kl_soap",

@@ -39,6 +39,7 @@ KNOWS_ONLY = {
     "linalg": {"errors", "types"},
     "codecs": {"errors", "types", "linalg"},
     "blocks": {"errors", "types", "linalg"},
+    "sharding": {"errors", "types", "linalg", "blocks", "tree"},
     "preconditioners": {"errors", "types", "linalg", "codecs"},
 }
 NO_PYTREES = {"optree", "torch.utils._pytree", "torch.utils._cxx_pytree", "tree", "jax"}
@@ -94,6 +95,16 @@ def test_file_leaves_pytrees_to_the_tree_room(path: Path) -> None:
         if name == library or name.startswith(f"{library}.")
     }
     assert libraries <= ({"optree"} if relative(path) == "tree.py" else set())
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_file_leaves_collectives_to_the_sharding_room(path: Path) -> None:
+    """Only sharding/ may call a collective; others may know what a mesh is."""
+    if room_of(path) == "sharding":
+        return
+    known = {name for name in imports(path) if name.startswith("torch.distributed")}
+    assert known <= {"torch.distributed.device_mesh.DeviceMesh"}
+    assert "_c10d" not in path.read_text()
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -19,6 +19,7 @@ import shampoo_func as sf
 from shampoo_func.blocks import BlockPlan, LeafSpec, gather, merge_small_dims, plan_blocks, scatter
 from shampoo_func.blocks import plan as plan_module
 from shampoo_func.blocks import present_rows as rows_of_present
+from shampoo_func.errors import HyperparameterError
 
 # Naive restatements, for comparison ------------------------------------------------------------
 
@@ -263,6 +264,66 @@ def test_merging_is_the_rule_of_its_docstring(shape: tuple[int, ...], limit: int
 def test_merging_examples(shape: tuple[int, ...], limit: int, merged: tuple[int, ...]) -> None:
     """The rule by hand, at its edges."""
     assert merge_small_dims(shape, limit) == merged
+
+
+@settings(max_examples=200)
+@given(shapes, st.sampled_from([0, 2, 6, 12, 1024]), st.integers(1, 4))
+def test_merging_stops_at_the_wanted_number_of_dimensions(
+    shape: tuple[int, ...], limit: int, merge_to: int
+) -> None:
+    """No dimension is lost that was wanted, and what is left over is what the limit forbids."""
+    merged = merge_small_dims(shape, limit, merge_to)
+    sizes = [size for size in shape if size > 1] or [1]
+    assert math.prod(merged) == math.prod(shape)
+    if 0 not in shape:
+        assert len(merged) >= min(merge_to, len(sizes))
+    if len(merged) > merge_to:
+        assert all(a * b > limit for a, b in itertools.pairwise(merged))
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit", "merge_to", "merged"),
+    [
+        ((32, 3, 64, 64), 1_000_000, 2, (32, 12_288)),
+        ((2, 3, 4), 24, 2, (2, 12)),
+        ((2, 3, 4), 11, 2, (6, 4)),
+        ((2, 3, 4), 24, 3, (2, 3, 4)),
+        ((2, 1, 4), 24, 3, (2, 4)),
+        ((5,), 24, 2, (5,)),
+    ],
+)
+def test_merging_examples_with_a_target(
+    shape: tuple[int, ...], limit: int, merge_to: int, merged: tuple[int, ...]
+) -> None:
+    """The last dimensions merge first, and only while too many are left."""
+    assert merge_small_dims(shape, limit, merge_to) == merged
+
+
+@pytest.mark.parametrize(
+    ("block_size", "merge_to", "stack"),
+    [
+        (None, 2, "8x18"),
+        (None, 1, "144"),
+        (None, None, "8x2x3x3"),
+        (18, 2, "8x18"),
+        (6, 2, "6x6x3"),
+    ],
+)
+def test_convolutions_become_matrices(
+    block_size: int | None, merge_to: int | None, stack: str
+) -> None:
+    """`merge_to` is how a spectral method sees a convolution: one row per output channel."""
+    leaf = torch.randn(8, 2, 3, 3)
+    plan = plan_blocks([LeafSpec.of(leaf)], block_size=block_size, merge_to=merge_to)
+    assert next(iter(gather(plan, [leaf]))) == stack
+    (back,) = scatter(plan, gather(plan, [leaf]), [leaf])
+    assert back is not None and torch.equal(back, leaf)
+
+
+def test_merge_to_needs_merging() -> None:
+    """Two arguments that contradict each other are refused."""
+    with pytest.raises(HyperparameterError, match=r"merge_to=2.*merge_dims is False"):
+        sf.blocked(sf.precondition(sf.kronecker()), merge_dims=False, merge_to=2)
 
 
 @settings(max_examples=50)

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import conformance
+import conformance_options as asked
 import numpy as np
 import pytest
 import torch
+from conformance_build import RecordedRates
 
 TESTS = Path(__file__).parent
 DATA = TESTS / "data"
-CASES = sorted(path.stem for path in DATA.glob("*.json"))
+CASES = [str(path.relative_to(DATA).with_suffix("")) for path in sorted(DATA.rglob("*.json"))]
 CASE = "adam_graft_freq5"
 
 Edit = Callable[[dict[str, Any]], None]
@@ -50,9 +52,9 @@ def edit_arrays(folder: Path, edit: Edit) -> None:
     np.savez(path, **arrays)
 
 
-def configuration(folder: Path) -> conformance.Configuration:
+def configuration(folder: Path) -> asked.Configuration:
     """The interpreted configuration of the case in `folder`."""
-    return conformance.configuration_of(conformance.load_case(folder / f"{CASE}.json"))
+    return asked.configuration_of(conformance.load_case(folder / f"{CASE}.json").options)
 
 
 def test_there_are_recorded_cases() -> None:
@@ -133,33 +135,42 @@ UNSUPPORTED: dict[str, Edit] = {
     "unknown argument": arguments(surprise=1),
     "unknown root option": root_options(surprise=1),
     "unknown eigen option": root_options(amortized_computation_config="EigenConfig(surprise=1)"),
+    "unknown eigendecomposed option": sections(prec=["eigdec", {"surprise": 1}]),
+    "unknown SOAP option": sections(prec=["eigcorr", {"surprise": 1}]),
+    "unknown spectral option": sections(prec=["spectral", {"surprise": 1}]),
     "unknown grafting option": sections(graft=["adam", {"surprise": 1}]),
     "sgd has no options": sections(graft=["sgd", {"beta2": 0.9}]),
     "unknown momentum option": sections(mom={"surprise": 1}),
-    "averaging gpa": sections(gpa={"eval_interp_coeff": 0.9}),
-    "averaging schedule-free": sections(sf={}),
-    "kind eigdec": sections(prec=["eigdec", {}]),
-    "kind eigcorr": sections(prec=["eigcorr", {}]),
-    "kind klroot": sections(prec=["klroot", {}]),
-    "grafting kind": sections(graft=["shampoo", {}]),
+    "unknown option of primal averaging": sections(gpa={"surprise": 1}),
+    "unknown option of Schedule-Free": sections(sf={"surprise": 1}),
+    "two kinds of averaging": sections(gpa={}, sf={}),
+    "preconditioner kind": sections(prec=["surprise", {}]),
     "weight decay kind": sections(wd="SURPRISE"),
-    "newton": root_options(amortized_computation_config="CoupledNewtonConfig(max_iterations=9)"),
+    "root solver": root_options(amortized_computation_config="SurpriseConfig()"),
     "eigen tolerance": root_options(amortized_computation_config="EigenConfig(tolerance=0.1)"),
+    "higher order without damping": root_options(
+        amortized_computation_config="CoupledHigherOrderConfig(rel_epsilon=0.1)"
+    ),
     "pseudo-inverse with epsilon": root_options(
         amortized_computation_config="EigenConfig(rank_deficient_stability_config="
         "PseudoInverseConfig(rank_rtol=1e-9))"
     ),
+    "pseudo-inverse with corrected eigenvalues": lambda case: case.update(
+        kw={**case["kw"], "epsilon": 0.0},
+        prec=[
+            "eigcorr",
+            {
+                "amortized_computation_config": "EighEigendecompositionConfig("
+                "rank_deficient_stability_config=PseudoInverseConfig())"
+            },
+        ],
+    ),
+    "function": sections(prec=["sign", {"scale_fn": "<function mine at 0x7f00>"}]),
     "code": root_options(amortized_computation_config="__import__('os').getcwd()"),
     "no expression": root_options(inverse_exponent_override="{2: "),
-    "dropped weighting": root_options(drop_weighting_factor_on_gsquare=True),
-    "dropped weighting in grafting": sections(
-        graft=["rmsprop", {"drop_weighting_factor_on_gsquare": True}]
-    ),
     "grafting that takes in nothing": sections(graft=["adam", {"beta2": 1.0}]),
     "dtype": root_options(factor_matrix_dtype="torch.int8"),
-    "target dimensionality": arguments(
-        distributed_config="SingleDeviceDistributedConfig(target_parameter_dimensionality=2)"
-    ),
+    "basis dtype": sections(prec=["eigdec", {"factor_matrix_eigenvectors_dtype": "torch.float32"}]),
     "distribution": arguments(distributed_config="DDPDistributedConfig()"),
 }
 
@@ -207,7 +218,7 @@ def test_options_are_read_as_the_reference_means_them(folder: Path) -> None:
         options.update(wd="INDEPENDENT", graft=["rmsprop", {}], mom={"use_nesterov": True})
 
     edit_options(folder, rewrite)
-    assert configuration(folder) == conformance.Configuration(
+    assert configuration(folder) == asked.Configuration(
         learning_rate=0.3,
         beta1=0.8,
         beta2=1.0,
@@ -216,18 +227,69 @@ def test_options_are_read_as_the_reference_means_them(folder: Path) -> None:
         weight_decay=0.0,
         weight_decay_kind="independent",
         block_size=math.inf,
-        merge_dims=False,
+        target_dims=math.inf,
         refresh_every=3,
         start=math.inf,
         bias_correction=False,
-        preconditioner=conformance.Preconditioner(
-            stability=conformance.Perturbation(before=False),
+        preconditioner=asked.RootShampoo(
+            solver=asked.Eigen(stability=asked.Perturbation(before=False)),
+            statistics=asked.Statistics(weighted=False, trace_exponent=0.25),
             exponents={2: 0.5, 3: {0: 0.0}},
-            trace_exponent=0.25,
         ),
-        grafting=conformance.Grafting(kind="rmsprop", beta2=0.99, epsilon=1e-10),
-        momentum=conformance.Momentum(momentum=0.5, nesterov=True),
+        grafting=asked.Moment(kind="rmsprop", beta2=0.99, epsilon=1e-10),
+        averaging=asked.Momentum(momentum=0.5, nesterov=True),
     )
+
+
+@pytest.mark.parametrize(
+    ("plain", "other"),
+    [
+        (sections(wd="INDEPENDENT"), sections(wd="WeightDecayType.INDEPENDENT")),
+        (sections(wd="CORRECTED"), sections(wd="corrected")),
+        (sections(wd="L2"), sections(wd="<WeightDecayType.L2: 1>")),
+        (sections(mom={"momentum": 0.9}), sections(mom="ClassicMomentumConfig(momentum=0.9)")),
+        (sections(prec=["eigcorr", {}]), sections(prec="eigcorr")),
+        (
+            sections(graft=["adam", {"beta2": 0.9}]),
+            sections(graft="AdamPreconditionerConfig(beta2=0.9)"),
+        ),
+        (
+            sections(prec=["eigdec", {"inverse_exponent_override": "{2: 0.5}"}]),
+            sections(
+                prec="EigendecomposedShampooPreconditionerConfig(amortized_computation_config="
+                "EighEigendecompositionConfig(), inverse_exponent_override={2: 0.5})"
+            ),
+        ),
+        (sections(prec=["root", {}]), lambda case: case.pop("prec")),
+        (
+            sections(prec=["kleigdec", {}]),
+            sections(prec=["EigendecomposedKLShampooPreconditionerConfig", {}]),
+        ),
+        (
+            sections(prec=["eigcorr", {"ignored_basis_change_dims": "{2: [0]}"}]),
+            sections(prec=["eigcorr", {"ignored_basis_change_dims": {"2": [0]}}]),
+        ),
+        (
+            root_options(inverse_exponent_override="{2: 0.5, 3: {0: 0.0}}"),
+            root_options(inverse_exponent_override={"2": 0.5, "3": {"0": 0.0}}),
+        ),
+        (sections(sf={}), sections(sf={"train_interp_coeff": 0.8, "eval_coeff_lr_power": 2})),
+        (arguments(max_preconditioner_dim="inf"), arguments(max_preconditioner_dim=math.inf)),
+        (sections(graft=None), lambda case: case.pop("graft")),
+        (
+            arguments(start_preconditioning_step=9),
+            arguments(start_preconditioning_step=9, use_pin_memory=True),
+        ),
+    ],
+)
+def test_spellings_mean_the_same(folder: Path, plain: Edit, other: Edit) -> None:
+    read = []
+    for edit in (plain, other):
+        for suffix in (".json", ".npz"):
+            shutil.copy(DATA / f"{CASE}{suffix}", folder)
+        edit_options(folder, edit)
+        read.append(configuration(folder))
+    assert read[0] == read[1]
 
 
 @pytest.mark.parametrize(("written", "start"), [(-1, 5), (7, 7), (math.inf, math.inf)])
@@ -237,9 +299,8 @@ def test_start_defaults_to_the_first_refresh(folder: Path, written: float, start
 
 
 def test_recorded_rates_answer_ints_and_tensors() -> None:
-    rates = conformance.RecordedRates((0.5, 0.25))
-    assert rates(1) == 0.25
+    rates = RecordedRates((0.5, 0.1))
+    assert rates(0) == 0.5
     looked_up = rates(torch.tensor(1))
-    assert isinstance(looked_up, torch.Tensor)
-    assert looked_up.dtype == torch.float64
-    assert looked_up == 0.25
+    assert looked_up.dtype == torch.float32
+    assert looked_up == torch.tensor(0.1, dtype=torch.float32)

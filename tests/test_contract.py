@@ -210,6 +210,22 @@ def test_state_round_trip(case: Case) -> None:
 
 
 @every_case
+@pytest.mark.parametrize("packed", [False, True])
+def test_named_round_trip(case: Case, packed: bool) -> None:
+    """A state saved by name, parameter and block continues bit for bit."""
+    tx, params = case.make(), make_params()
+    grads = [make_grads(params, step) for step in range(5)]
+    params, state, _ = run(tx, params, grads[:3])
+    file = io.BytesIO()
+    torch.save(sf.to_state_dict(tx, state, params, pack_symmetric=packed), file)
+    file.seek(0)
+    restored = sf.from_state_dict(tx, params, torch.load(file, weights_only=True))
+    assert_same(restored, state)
+    assert layout(restored) == layout(state)
+    assert_same(run(tx, params, grads[3:], restored)[:2], run(tx, params, grads[3:], state)[:2])
+
+
+@every_case
 def test_none_gradient(case: Case) -> None:
     """A parameter without a gradient is passed over, and what is kept for it stays."""
     tx, params = case.make(), make_params()

@@ -335,3 +335,13 @@ def test_ignored_dimension_is_not_rotated() -> None:
         tx = sf.in_eigenbasis(sf.second_moment(0.9), **options)
         sizes = [factor.shape[-1] for factor in tx.init(grad).factors]
         assert sizes == ([5, 0] if "ignore" in options else [0, 3])
+
+
+def test_auto_is_eigh_on_a_cpu() -> None:
+    """The solver that is chosen by device gives the same bits here as the one that it chooses."""
+    grads = gradients(6, 5, 3)
+    options: Any = {"beta2": 0.9, "epsilon": 1e-6, "refresh_every": 2, "block_size": 8}
+    auto, chosen = sf.shampoo(0.1, root="auto", **options), sf.shampoo(0.1, **options)
+    assert auto != chosen
+    for one, other in zip(run(auto, grads)[0], run(chosen, grads)[0], strict=True):
+        assert torch.equal(one, other)

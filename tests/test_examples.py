@@ -99,3 +99,33 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
     )
     assert refused.returncode == 1
     assert "steps was 3, now 4" in refused.stderr
+
+
+@pytest.mark.slow
+def test_distributed_run_is_resumed_in_another_mode(tmp_path: Path) -> None:
+    """Two ranks of DDP save; two of FSDP2 go on, with the loss of an unbroken run."""
+    script = ROOT / "examples" / "train_distributed.py"
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+
+    def run(*more: str) -> float:
+        done = subprocess.run(
+            [*launch, str(script), *more],
+            env=environment(),
+            timeout=300,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return float(done.stdout.split("validation loss")[1])
+
+    folder = str(tmp_path / "saved")
+    run("--mode", "ddp", "--steps", "6", "--checkpoint", folder)
+    resumed = run("--mode", "fsdp2", "--steps", "12", "--checkpoint", folder, "--resume")
+    assert resumed == pytest.approx(run("--mode", "ddp", "--steps", "12"), abs=2e-3)

@@ -380,6 +380,23 @@ def test_a_growing_error_keeps_the_iterate_before() -> None:
     assert end.diverged.item() and not end.active.item()
 
 
+@pytest.mark.parametrize(
+    ("name", "exponent"), [(name, e) for name in TOLERANT for e in SOLVERS[name][1] if e >= 0.25]
+)
+def test_equal_gradients_are_no_divergence(name: str, exponent: float) -> None:
+    """A first factor of rank one, all of its elements alike, is the case at every first step.
+
+    The largest element of |M - I| is small there at the start, and grows before it shrinks.
+    """
+    make, _ = SOLVERS[name]
+    for size in (2, 3, 5, 8):
+        matrix = torch.ones(size, size, dtype=torch.float64)
+        root = make(1e-4)(matrix, exponent)
+        expected = linalg.eigh_root(1e-4)(matrix, exponent).value
+        assert root.ok
+        torch.testing.assert_close(root.value, expected, rtol=0, atol=1e-4 * expected.max().item())
+
+
 def test_more_iterations_do_no_harm() -> None:
     """Newton-DB is unstable once converged; its guard keeps 200 steps as good as 25."""
     matrix = spectral(log_spectrum(32, 1e4)).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,7 @@ def present_rows(plan: BlockPlan, present: Sequence[bool]) -> dict[str, list[int
     rows: dict[str, list[int]] = {name: [] for name, _ in plan.stacks}
     for parameter, there in zip(plan.parameters, present, strict=True):
         for tile in parameter.tiles if there else ():
-            rows[tile.stack].extend(range(tile.row, tile.row + tile.count))
+            rows[tile.stack].extend(range(tile.row, tile.row + math.prod(tile.grid)))
     return rows
 
 
@@ -62,8 +63,9 @@ def scatter(
         tiles = []
         for tile in parameter.tiles:
             first = taken[tile.stack]
-            taken[tile.stack] = first + tile.count
-            tiles.append(_rectangle_of(stacks[tile.stack][first : first + tile.count], tile))
+            # not tile.count: dynamo does not see properties of a plan that it takes as constant
+            last = taken[tile.stack] = first + math.prod(tile.grid)
+            tiles.append(_rectangle_of(stacks[tile.stack][first:last], tile))
         whole = _assemble(tiles, parameter).reshape(parameter.shape)
         results.append(with_layout_of(whole.to(leaf.dtype), leaf))
     return results
@@ -77,7 +79,7 @@ def _blocks_of(merged: Tensor, tile: Tile) -> Tensor:
         part = part.narrow(dim, start, grid * size)
     split = [size for pair in zip(tile.grid, tile.block, strict=True) for size in pair]
     axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
-    return part.reshape(split).permute(axes).reshape(tile.count, *tile.block)
+    return part.reshape(split).permute(axes).reshape(math.prod(tile.grid), *tile.block)
 
 
 def _rectangle_of(blocks: Tensor, tile: Tile) -> Tensor:

@@ -80,12 +80,14 @@ class BlockPlan:
     stacks: tuple[tuple[str, int], ...]
 
 
-def merge_small_dims(shape: Sequence[int], limit: int) -> tuple[int, ...]:
+def merge_small_dims(shape: Sequence[int], limit: int | None, merge_to: int = 1) -> tuple[int, ...]:
     """Drop dimensions of size 1 and merge neighbours, from the last on, up to `limit`.
 
     Args:
         shape: The shape of a parameter.
         limit: The largest size that a merged dimension may have; a larger one stays as it is.
+            None for no limit.
+        merge_to: Merge only while more than this many dimensions are left.
 
     Returns:
         The merged shape: `(1,)` for a scalar, `(0,)` for a parameter without elements.
@@ -93,13 +95,16 @@ def merge_small_dims(shape: Sequence[int], limit: int) -> tuple[int, ...]:
     Example:
         >>> merge_small_dims((64, 3, 7, 7), 256), merge_small_dims((10, 20), 1024)
         ((64, 147), (200,))
+        >>> merge_small_dims((8, 3, 7, 7), 2000, merge_to=2)
+        (8, 147)
     """
     if 0 in shape:
         return (0,)
     sizes = [size for size in reversed(shape) if size != 1] or [1]
     merged = [sizes[0]]
-    for size in sizes[1:]:
-        if merged[-1] * size <= limit:
+    for done, size in enumerate(sizes[1:], start=1):
+        left = len(merged) + len(sizes) - done
+        if left > merge_to and (limit is None or merged[-1] * size <= limit):
             merged[-1] *= size
         else:
             merged.append(size)
@@ -108,13 +113,17 @@ def merge_small_dims(shape: Sequence[int], limit: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=512)
 def _cached_plan(
-    specs: tuple[LeafSpec, ...], block_size: int | None, merge_dims: bool
+    specs: tuple[LeafSpec, ...], block_size: int | None, merge_dims: bool, merge_to: int | None
 ) -> BlockPlan:
-    return _plan(specs, block_size, merge_dims)
+    return _plan(specs, block_size, merge_dims, merge_to)
 
 
 def plan_blocks(
-    specs: Sequence[LeafSpec], *, block_size: int | None, merge_dims: bool = True
+    specs: Sequence[LeafSpec],
+    *,
+    block_size: int | None,
+    merge_dims: bool = True,
+    merge_to: int | None = None,
 ) -> BlockPlan:
     """Plan the blocks of a tree of parameters.
 
@@ -128,6 +137,8 @@ def plan_blocks(
             every parameter whole.
         merge_dims: Whether to merge small dimensions first; if not, the shape is kept (a 0-d
             parameter becomes one of shape (1,)).
+        merge_to: Merge only while more than this many dimensions are left, without a limit if
+            `block_size` is None; None for 1, and for no merging if `block_size` is None.
 
     Example:
         >>> spec = LeafSpec((5, 3), torch.float32, torch.device("cpu"))
@@ -135,12 +146,14 @@ def plan_blocks(
         (('2x2', 2), ('2x1', 2), ('1x2', 1), ('1x1', 1))
     """
     if torch.compiler.is_compiling():  # traced once; dynamo does not see through the cache
-        return _plan(tuple(specs), block_size, merge_dims)
-    return _cached_plan(tuple(specs), block_size, merge_dims)
+        return _plan(tuple(specs), block_size, merge_dims, merge_to)
+    return _cached_plan(tuple(specs), block_size, merge_dims, merge_to)
 
 
-def _plan(specs: tuple[LeafSpec, ...], block_size: int | None, merge_dims: bool) -> BlockPlan:
-    cut = [_cut(spec.shape, block_size, merge_dims) for spec in specs]
+def _plan(
+    specs: tuple[LeafSpec, ...], block_size: int | None, merge_dims: bool, merge_to: int | None
+) -> BlockPlan:
+    cut = [_cut(spec.shape, block_size, merge_dims, merge_to) for spec in specs]
     names = _stack_names(specs, cut)
     sizes: dict[str, int] = {}
     parameters = []
@@ -157,12 +170,14 @@ def _plan(specs: tuple[LeafSpec, ...], block_size: int | None, merge_dims: bool)
     return BlockPlan(tuple(parameters), tuple(sizes.items()))
 
 
-def _cut(shape: tuple[int, ...], block_size: int | None, merge_dims: bool) -> ParameterPlan:
+def _cut(
+    shape: tuple[int, ...], block_size: int | None, merge_dims: bool, merge_to: int | None
+) -> ParameterPlan:
     """Cut one parameter into tiles, not yet assigned to stacks."""
     if 0 in shape:
         return ParameterPlan(shape, (0,), (), ())
-    limit = block_size if merge_dims and block_size is not None else 0
-    merged = merge_small_dims(shape, limit) if merge_dims else (shape or (1,))
+    limit = 0 if block_size is None and merge_to is None else block_size
+    merged = merge_small_dims(shape, limit, merge_to or 1) if merge_dims else (shape or (1,))
     pieces = [_segments(size, block_size or size) for size in merged]
     tiles = tuple(
         Tile(

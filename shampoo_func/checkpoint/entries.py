@@ -215,10 +215,4 @@ def _children(node: Any, place: Place) -> Iterator[tuple[str, Any]]:
 
 def _block_names(views: list[BlockView]) -> list[str]:
     """Name the blocks of a parameter by their place in its grid, `b0_1`."""
-    if not views:
-        return []
-    grid = [sorted(set(starts)) for starts in zip(*(view.start for view in views), strict=True)]
-    return [
-        "b" + "_".join(str(line.index(at)) for line, at in zip(grid, view.start, strict=True))
-        for view in views
-    ]
+    return ["b" + "_".join(map(str, view.place)) for view in views]

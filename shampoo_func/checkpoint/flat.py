@@ -12,6 +12,8 @@ from shampoo_func import tree
 from shampoo_func.checkpoint import metadata, packing
 from shampoo_func.checkpoint.entries import Entry, Walk, by_key, named_entries
 from shampoo_func.errors import CheckpointError
+from shampoo_func.sharding import as_local, stored_like
+from shampoo_func.transforms import with_sharding
 from shampoo_func.types import Transformation, Tree
 
 __all__ = ["carried_over", "fill", "first_state", "from_state_dict", "to_state_dict"]
@@ -31,6 +33,9 @@ def to_state_dict(
     the dtypes and a fingerprint as the bytes of a JSON text. Every tensor is contiguous and has
     memory of its own, so `torch.save`, safetensors and `torch.distributed.checkpoint` take the
     dict as it is, and `torch.load(..., weights_only=True)` returns it.
+
+    On a mesh each rank gets the blocks that it owns, and what is stored as the parameters are;
+    `metadata` describes the state of all ranks, and is the same on each.
 
     Args:
         tx: The transformation.
@@ -61,14 +66,17 @@ def to_state_dict(
             saved[key + UPPER] = packing.pack(value)
         else:
             saved[key] = value.clone(memory_format=torch.contiguous_format)
-    saved[metadata.KEY] = metadata.encode(metadata.describe(walk, packed=pack_symmetric))
+    described = metadata.describe(whole_walk(tx, walk, params), packed=pack_symmetric)
+    saved[metadata.KEY] = metadata.encode(described)
     return saved
 
 
 def from_state_dict(tx: Transformation, params: Tree, state_dict: Mapping[str, Tensor]) -> Any:
     """Return the state that `to_state_dict` saved, bit for bit.
 
-    Keys that do not begin with `state/` are left alone, so one dict may hold more.
+    Keys that do not begin with `state/` are left alone, so one dict may hold more. On a mesh
+    each rank takes the blocks that it owns now, so a dict of all blocks (the union of those of
+    other ranks) fits any number of ranks, any storage, and one process.
 
     Args:
         tx: The transformation; hyper-parameters may have changed, the shapes of its state not.
@@ -91,8 +99,9 @@ def from_state_dict(tx: Transformation, params: Tree, state_dict: Mapping[str, T
     entries = by_key(walk.entries)
     described = metadata.check(state_dict, walk)
     saved = {key: value for key, value in state_dict.items() if key.startswith("state/")}
-    fill(entries, saved)
-    if described.get("fingerprint") != metadata.describe(walk, packed=False)["fingerprint"]:
+    whole = whole_walk(tx, walk, params)
+    fill(entries, saved, elsewhere=() if whole is walk else by_key(whole.entries))
+    if described.get("fingerprint") != metadata.describe(whole, packed=False)["fingerprint"]:
         raise CheckpointError(
             "the checkpoint's metadata is of another state than its tensors; it was put together "
             "from two checkpoints."
@@ -100,19 +109,38 @@ def from_state_dict(tx: Transformation, params: Tree, state_dict: Mapping[str, T
     return state
 
 
-def fill(entries: Mapping[str, Entry], saved: Mapping[str, Tensor]) -> None:
+def whole_walk(tx: Transformation, walk: Walk, params: Tree) -> Walk:
+    """Return the walk through the state of all ranks, on the meta device.
+
+    Args:
+        tx: The transformation.
+        walk: The walk through this rank's state: the answer if `tx` is on no mesh.
+        params: The parameters.
+    """
+    alone = with_sharding(tx, lambda stage: None)
+    if alone is tx:
+        return walk
+    shapes = tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), params)
+    return Walk(alone, alone.init(shapes), shapes)
+
+
+def fill(
+    entries: Mapping[str, Entry], saved: Mapping[str, Tensor], *, elsewhere: Iterable[str] = ()
+) -> None:
     """Copy saved tensors into the entries of the same names, after checking them all.
 
     Args:
         entries: What is to be written.
         saved: The values; each under the name of its entry, with `/upper` if packed.
+        elsewhere: Names of entries of other ranks, which `saved` may hold too.
 
     Raises:
         CheckpointError: If names, shapes or dtypes differ.
     """
     problems: list[str] = []
     missing = [key for key in entries if key not in saved and key + UPPER not in saved]
-    known = {*entries, *(key + UPPER for key in entries)}
+    names = {*entries, *elsewhere}
+    known = {*names, *(key + UPPER for key in names)}
     problems += _listed("missing", missing)
     problems += _listed("unexpected", [key for key in saved if key not in known])
     different = [
@@ -133,7 +161,7 @@ def fill(entries: Mapping[str, Entry], saved: Mapping[str, Tensor]) -> None:
             value, packed = _found(key, saved)
             if packed:
                 value = packing.unpack(value, entry.tensor.shape[-1])
-            entry.tensor.copy_(value)
+            entry.tensor.copy_(stored_like(value, entry.tensor))
 
 
 def carried_over(
@@ -180,7 +208,8 @@ def first_state(tx: Transformation, params: Tree) -> Any:
 
 def _memory(tensor: Tensor) -> int:
     """Return what tensors that share memory have in common."""
-    return tensor.untyped_storage().data_ptr() or id(tensor)
+    own = as_local(tensor)
+    return own.untyped_storage().data_ptr() or id(own)
 
 
 def _found(key: str, saved: Mapping[str, Tensor]) -> tuple[Any, bool]:

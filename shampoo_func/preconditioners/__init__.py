@@ -1,6 +1,7 @@
 """The four-function protocol's members and combinators. Stacks and linalg, nothing else."""
 
-from shampoo_func.preconditioners.eigenbasis import InEigenbasis, InEigenbasisState, in_eigenbasis
+from shampoo_func.preconditioners.eigenbasis import InEigenbasis, in_eigenbasis
+from shampoo_func.preconditioners.eigenbasis_state import InEigenbasisState
 from shampoo_func.preconditioners.eigendecomposed import (
     Eigendecomposed,
     EigendecomposedState,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from shampoo_func.errors import (
     check_dtype,
     check_number,
 )
+from shampoo_func.preconditioners.eigenbasis_state import InEigenbasisState, RotatedMomentum
 from shampoo_func.preconditioners.factors import (
     Factors,
     Sides,
@@ -39,36 +40,9 @@ from shampoo_func.preconditioners.rotation import (
 )
 from shampoo_func.types import Preconditioner, Scalar, named_roles
 
-__all__ = ["InEigenbasis", "InEigenbasisState", "KlForm", "RotatedMomentum", "in_eigenbasis"]
+__all__ = ["InEigenbasis", "KlForm", "in_eigenbasis"]
 
 KlForm = Literal["paper", "reference"]
-
-
-class RotatedMomentum(NamedTuple):
-    """step: int64 `[n]`, gradients taken in. mean: `[n, d1, ..., dk]`, in the eigenbasis."""
-
-    step: Tensor
-    mean: Tensor
-
-
-class InEigenbasisState(NamedTuple):
-    """Statistics, eigenbases and the inner state of a stack of order-k blocks.
-
-    step: int64 `[n]`. factors, bases: k tensors `[n, d, d]`. eigenvalues: k tensors `[n, d]`
-    with `kl`, else none. inner: the state of the preconditioner in the basis. momentum: the
-    average that is kept in the basis, if any. started: bool `[n]`, whether a block was ever
-    refreshed. failures, failures_in_a_row: int64 `[n]`, as in `kronecker`.
-    """
-
-    step: Tensor
-    factors: tuple[Tensor, ...]
-    bases: tuple[Tensor, ...]
-    eigenvalues: tuple[Tensor, ...]
-    inner: Any
-    momentum: tuple[RotatedMomentum, ...]
-    started: Tensor
-    failures: Tensor
-    failures_in_a_row: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +173,22 @@ class InEigenbasis(Preconditioner):
         )
         return named._replace(inner=self.inner.roles(state.inner))
 
+    def reads(self, function: str) -> frozenset[str] | None:
+        """Return what is read: a direction needs no factors, and plain factors no bases."""
+        inner = [self.inner.reads(function)]
+        if function == "correct":
+            inner.append(self.inner.reads("accumulate"))
+        if function == "accumulate":
+            own = {"factor", "basis", "eigenvalues"} if self.kl else {"factor"}
+            return frozenset(own)
+        if any(part is None for part in inner):
+            return None
+        own = {"basis", "momentum"}
+        if function == "refresh":
+            own |= {"factor", "eigenvalues"}
+            own |= {"second_moment"} if self.carry == "permute" else set()
+        return frozenset(own).union(*(part for part in inner if part is not None))
+
     def with_tolerance(self, tolerance: float) -> InEigenbasis:
         """Return the same preconditioner, for bases that are off by more."""
         return replace(self, basis=self.basis.with_tolerance(tolerance))
@@ -216,6 +206,7 @@ def in_eigenbasis(
     ignore: Mapping[int, Sequence[int]] | None = None,
     sides: Sides = "all",
     max_dim: int | None = None,
+    trace_scaling: float | None = None,
     bias_correction: bool = True,
     drop_weighting: bool = False,
     factor_dtype: torch.dtype | None = None,
@@ -250,6 +241,7 @@ def in_eigenbasis(
         ignore: Dimensions that are not rotated, by order: `{2: [1]}`.
         sides: Which dimensions are rotated, see `kronecker`.
         max_dim: Dimensions larger than this are not rotated.
+        trace_scaling: See `kronecker` (it matters for damping and QR iterations only).
         bias_correction: Whether F / (1 - beta2^t) is decomposed (it matters for damping only).
         drop_weighting: See `kronecker`.
         factor_dtype: dtype of the factors.
@@ -286,7 +278,7 @@ def in_eigenbasis(
         exponents=ignored(ignore),
         sides=sides,
         max_dim=max_dim,
-        trace_scaling=None,
+        trace_scaling=trace_scaling,
         normalize=kl == "paper",
         drop_weighting=drop_weighting,
         dtype=factor_dtype,

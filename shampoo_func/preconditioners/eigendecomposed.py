@@ -65,17 +65,22 @@ class Eigendecomposed(Preconditioner):
     basis_dtype: torch.dtype | None = None
 
     def init(self, block: Tensor) -> EigendecomposedState:
-        """Return zero factors, identity bases and roots, and eigenvalues of one."""
+        """Return zero factors, identity bases, eigenvalues of one, and the roots of those."""
         factors = self.factors.init(block)
         bases = eye_bases(factors, self.basis_dtype)
-        caches = self.eigenvalues == "refresh"
+        eigenvalues = tuple(basis.new_ones(basis.shape[:-1]) for basis in bases)
+        roots = [basis.new_zeros((0, 0)) for basis in bases]
+        if self.eigenvalues == "refresh":
+            for dim in preconditioned(factors):
+                exponent = self.factors.exponent(len(bases), dim)
+                roots[dim] = self.basis.root(eigenvalues[dim], bases[dim], exponent)
         zero = torch.zeros((), dtype=torch.int64, device=block.device)
         return EigendecomposedState(
             step=zero,
             factors=factors,
             bases=bases,
-            eigenvalues=tuple(basis.new_ones(basis.shape[:-1]) for basis in bases),
-            roots=tuple(basis.clone() if caches else basis.new_zeros((0, 0)) for basis in bases),
+            eigenvalues=eigenvalues,
+            roots=tuple(roots),
             started=torch.zeros((), dtype=torch.bool, device=block.device),
             failures=zero.clone(),
             failures_in_a_row=zero.clone(),
@@ -193,6 +198,18 @@ class Eigendecomposed(Preconditioner):
             {"factors": "factor", "bases": "basis", "eigenvalues": "eigenvalues", "roots": "root"},
         )
         return named
+
+    def reads(self, function: str) -> frozenset[str]:
+        """Return what is read: a direction needs no factors, and plain factors no bases."""
+        caches = self.eigenvalues == "refresh"
+        applied = {"root"} if caches else {"basis", "eigenvalues"}
+        read = {
+            "accumulate": {"factor"} | (applied if self.kl or self.eigenvalues == "ema" else set()),
+            "refresh": {"factor", "basis", "eigenvalues", "root"},
+            "correct": {"factor", "basis", "eigenvalues"} if not caches else set(),
+            "apply": applied,
+        }
+        return frozenset(read.get(function, ()))
 
     def with_tolerance(self, tolerance: float) -> Eigendecomposed:
         """Return the same preconditioner, for bases that are off by more."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func import linalg
-from shampoo_func.errors import check_count, check_dtype, check_number
+from shampoo_func.errors import HyperparameterError, check_count, check_dtype, check_number
 from shampoo_func.types import EmptyState, Preconditioner, Scalar, named_roles
 
 __all__ = [
@@ -164,7 +164,11 @@ def second_moment(
     check_number("beta2", beta2, high=1.0)
     check_number("epsilon", epsilon)
     check_dtype("dtype", dtype)
-    chosen = {} if exponents is None else exponents
+    chosen: Any = {} if exponents is None else exponents
+    if not isinstance(chosen, Mapping):
+        raise HyperparameterError(
+            f"exponents must map orders to powers, as in {{2: 0.25}}, got {exponents!r}."
+        )
     for order, exponent in chosen.items():
         check_count("exponents: an order", order)
         check_number(f"exponents[{order}]", exponent, low_open=True)

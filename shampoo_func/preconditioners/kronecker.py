@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ class Kronecker(Preconditioner):
 def kronecker(
     beta2: Scalar = 1.0,
     *,
-    root: linalg.RootSolver | linalg.Guarded | None = None,
+    root: linalg.RootSolver | linalg.Guarded | Literal["auto"] | None = None,
     kl: bool = False,
     normalize: bool = False,
     bias_correction: bool = True,
@@ -145,8 +145,8 @@ def kronecker(
     Args:
         beta2: Decay of the factors, a number in [0, 1] or a 0-d tensor; the number 1 means the
             plain sum of AdaGrad, without bias correction.
-        root: Inverse root solver; `eigh_root()` if not given. `guarded(...)` asks it for a
-            small residual.
+        root: Inverse root solver; `eigh_root()` if not given, "auto" for `auto_root()`, which
+            chooses by device and size. `guarded(...)` asks it for a small residual.
         kl: Whether gradients are whitened along the other dimensions before their product.
         normalize: Whether a Gram matrix is divided by the number of elements summed in each of
             its entries, the product of the other dimensions.
@@ -196,10 +196,12 @@ def kronecker(
     return Kronecker(factors, _guarded(root), kl, root_dtype)
 
 
-def _guarded(root: linalg.RootSolver | linalg.Guarded | None) -> linalg.Guarded:
+def _guarded(root: linalg.RootSolver | linalg.Guarded | str | None) -> linalg.Guarded:
     """Return the solver with a guard around it."""
     if root is None:
         return _default_root()
+    if root == "auto":
+        return linalg.guarded(linalg.auto_root())
     if isinstance(root, linalg.Guarded):
         return root
     if not isinstance(root, linalg.RootSolver):

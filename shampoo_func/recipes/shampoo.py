@@ -65,7 +65,7 @@ def shampoo(
     exponents: Mapping[int, float | Mapping[int, float]] | None = None,
     max_dim: int | None = None,
     trace_scaling: float | None = None,
-    root: linalg.RootSolver | linalg.Guarded | None = None,
+    root: linalg.RootSolver | linalg.Guarded | Literal["auto"] | None = None,
     kl: bool = False,
     policy: Policy | None = None,
     factor_dtype: torch.dtype | None = None,
@@ -113,7 +113,8 @@ def shampoo(
         exponents: Inverse exponents by order and dimension, see `kronecker`.
         max_dim: Dimensions of blocks larger than this are left alone.
         trace_scaling: See `kronecker`.
-        root: Inverse root solver; `eigh_root(epsilon)` if not given. Excludes `epsilon`.
+        root: Inverse root solver, in the place of `epsilon`; `eigh_root(epsilon)` if not given.
+            "auto" is `auto_root(epsilon)`, which chooses by device and size.
         kl: Whether the factors are those of KL-Shampoo, as Distributed Shampoo takes them, see
             `kronecker`; for the paper's form see `kl_shampoo`.
         policy: Another refresh policy, `staggered(10)` for instance, in the place of
@@ -142,7 +143,9 @@ def shampoo(
         ['precondition', 'add_decayed_weights', 'scale_by_learning_rate']
     """
     decay = decay_of(weight_decay, weight_decay_kind, learning_rate, peak_learning_rate)
-    if root is not None and (isinstance(epsilon, Tensor) or epsilon != 1e-12):
+    if root == "auto":
+        root = linalg.auto_root(epsilon)
+    elif root is not None and (isinstance(epsilon, Tensor) or epsilon != 1e-12):
         raise HyperparameterError(
             f"epsilon={epsilon!r} and root={root!r} are both given; set epsilon in the root."
         )

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from shampoo_func import transforms
 from shampoo_func.torch_optim.member import Member, Params
-from shampoo_func.types import Transformation, Tree
+from shampoo_func.transforms import eval_params
 
 __all__ = ["swapped_in"]
-
-
-def averaged_params(tx: Transformation, state: Any, params: Tree) -> Tree:
-    """Return the parameters to evaluate with; the very tensors given where nothing averages."""
-    evaluate = getattr(transforms, "eval_params", None)
-    return params if evaluate is None else evaluate(tx, state, params)
 
 
 def swapped_in(groups: list[tuple[Member | None, Params]]) -> list[Params] | None:
@@ -26,7 +17,7 @@ def swapped_in(groups: list[tuple[Member | None, Params]]) -> list[Params] | Non
     swaps: list[tuple[Params, Params]] = []
     for member, params in groups:
         own = {name: params[name].detach() for name in (member.names if member else ())}
-        means = averaged_params(member.tx, member.state, own) if member else own
+        means = eval_params(member.tx, member.state, own) if member else own
         swaps.append((own, {name: means[name] for name in own if means[name] is not own[name]}))
     if not any(changed for _, changed in swaps):
         return None

@@ -63,6 +63,7 @@ from shampoo_func.transforms.policies import (
     probabilistic,
 )
 from shampoo_func.transforms.precondition import Precondition, PreconditionState, precondition
+from shampoo_func.transforms.report import StateReport, state_report
 from shampoo_func.transforms.scaling import (
     Identity,
     Scale,
@@ -80,6 +81,7 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
+from shampoo_func.transforms.sharded import sharded, with_sharding
 from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
@@ -114,6 +116,7 @@ __all__ = [
     "ScheduleFreeState",
     "ScheduleState",
     "Staggered",
+    "StateReport",
     "Trace",
     "TraceState",
     "WeightEma",
@@ -155,12 +158,15 @@ __all__ = [
     "scale_by_schedule",
     "scale_by_shampoo",
     "schedule_free",
+    "sharded",
     "staggered",
     "state_bytes",
+    "state_report",
     "trace",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
     "weight_ema",
     "weight_lawa",
     "with_hyperparams",
+    "with_sharding",
 ]

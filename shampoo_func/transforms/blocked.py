@@ -7,14 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_func import tree
-from shampoo_func.blocks import BlockPlan, LeafSpec, gather, plan_blocks, present_rows, scatter
+from shampoo_func.blocks import BlockPlan, LeafSpec, plan_blocks
 from shampoo_func.errors import (
     HyperparameterError,
     MissingParamsError,
     TreeMismatchError,
     check_count,
+)
+from shampoo_func.sharding import (
+    Cost,
+    Cut,
+    Exchange,
+    Here,
+    LocalExchange,
+    Sharding,
+    Transport,
+    as_local,
+    check_not_batched,
+    kinds_of,
+    sharding,
+    wrapped,
 )
 from shampoo_func.transforms.base import Wrapper
 from shampoo_func.types import Transformation, Tree
@@ -29,16 +44,30 @@ class Blocked(Wrapper):
     inner: Transformation
     block_size: int | None = 1024
     merge_dims: bool = True
+    merge_to: int | None = None
+    sharding: Sharding | None = None
 
     def plan(self, params: Tree) -> BlockPlan:
         """Return how the parameters are cut into blocks; only their shapes are looked at."""
         specs = [LeafSpec.of(leaf) for leaf in tree.leaves(params)]
-        return plan_blocks(specs, block_size=self.block_size, merge_dims=self.merge_dims)
+        return plan_blocks(
+            specs,
+            block_size=self.block_size,
+            merge_dims=self.merge_dims,
+            merge_to=self.merge_to,
+        )
 
     def init(self, params: Tree) -> dict[str, Any]:
-        """Return the inner state of every stack; every leaf has the block dimension first."""
+        """Return the inner state of every stack; every leaf has the block dimension first.
+
+        On a mesh every rank must call it, and holds the state of the blocks that it owns.
+        """
         tree.check_params(params)
-        stacks = gather(self.plan(params), tree.leaves(params))
+        leaves = tree.leaves(params)
+        if self.sharding is not None and not any(leaf.is_meta for leaf in leaves):
+            self.sharding.check(self._cut(params), kinds_of(leaves), self.inner.name)
+        exchange = self.exchange(params, leaves, (True,) * len(leaves))
+        stacks = exchange.collect([as_local(leaf) for leaf in leaves])
         return {name: self._init_stack(stack) for name, stack in stacks.items()}
 
     def _init_stack(self, stack: Tensor) -> Any:
@@ -53,24 +82,56 @@ class Blocked(Wrapper):
         self.check_call(params, extra)
         tree.check_updates(updates, params, what="the parameter")
         leaves, structure = tree.flatten(updates)
-        present = [leaf is not None for leaf in leaves]
-        plan = self.plan(self._shapes_from(updates, params, present))
-        check_stacks(plan, state)
-        stacks = gather(plan, leaves)
+        present = tuple(leaf is not None for leaf in leaves)
+        shapes = self._shapes_from(updates, params, present)
+        exchange = self.exchange(shapes, leaves, present)
+        check_stacks(exchange.sizes(), state)
+        local = [as_local(leaf) for leaf in leaves]
+        stacks = exchange.collect(local)
         param_stacks = {}
         if self.needs_params and params is not None:
             there = zip(tree.leaves(params), present, strict=True)
-            param_stacks = gather(plan, [leaf if here else None for leaf, here in there])
-        rows = {} if all(present) else present_rows(plan, present)
+            own = [leaf if here else None for leaf, here in there]
+            travel = self.exchange(shapes, own, present)
+            param_stacks = travel.collect([as_local(leaf) for leaf in own])
+        rows = {} if all(present) else exchange.rows()
         out, after = {}, dict(state)
         for name, stack in stacks.items():
-            own = rows.get(name)
-            before = state[name] if own is None else _take(state[name], own)
+            held = rows.get(name)
+            before = state[name] if held is None else _take(state[name], held)
             out[name], result = self.inner.update(stack, before, param_stacks.get(name), **extra)
-            after[name] = result if own is None else _put(state[name], own, result)
-        return tree.unflatten(structure, list(scatter(plan, out, leaves))), after
+            after[name] = result if held is None else _put(state[name], held, result)
+        results = exchange.deliver(out, local)
+        whole = [wrapped(own, leaf) for own, leaf in zip(results, leaves, strict=True)]
+        return tree.unflatten(structure, whole), after
 
-    def _shapes_from(self, updates: Tree, params: Tree | None, present: list[bool]) -> Tree:
+    def exchange(
+        self, params: Tree, leaves: list[Tensor | None], present: tuple[bool, ...]
+    ) -> Exchange:
+        """Return how the blocks of some tensors come to their owners and go back.
+
+        Args:
+            params: The tree that has the shapes of all parameters.
+            leaves: The tensors, as they are stored.
+            present: Which of them are there.
+        """
+        if self.sharding is None:
+            return LocalExchange(self.plan(params), present)
+        check_not_batched(leaves)
+        return self.sharding.exchange(self._cut(params), kinds_of(leaves), present)
+
+    def here(self, params: Tree) -> list[list[Here]]:
+        """Return, for every parameter, the blocks whose state this rank has."""
+        leaves = tree.leaves(params)
+        return self.exchange(params, leaves, (True,) * len(leaves)).here()
+
+    def _cut(self, params: Tree) -> Cut:
+        specs = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.leaves(params))
+        return Cut(
+            tuple(tree.paths(params)), specs, self.block_size, self.merge_dims, self.merge_to
+        )
+
+    def _shapes_from(self, updates: Tree, params: Tree | None, present: tuple[bool, ...]) -> Tree:
         """Return the tree that has the shapes of all parameters."""
         if all(present):
             return updates
@@ -97,9 +158,8 @@ def _put(state: Any, rows: list[int], part: Any) -> Any:
     )
 
 
-def check_stacks(plan: BlockPlan, state: dict[str, Any]) -> None:
-    """Check that the state was made for these stacks."""
-    planned = dict(plan.stacks)
+def check_stacks(planned: dict[str, int], state: dict[str, Any]) -> None:
+    """Check that the state was made for stacks of these sizes."""
     held = {name: _blocks_in(part) for name, part in state.items()}
     same = planned.keys() == held.keys() and all(
         held[name] in (None, count) for name, count in planned.items()
@@ -119,9 +179,18 @@ def _blocks_in(state: Any) -> int | None:
 
 
 def blocked(
-    inner: Transformation, *, block_size: int | None = 1024, merge_dims: bool = True
+    inner: Transformation,
+    *,
+    block_size: int | None = 1024,
+    merge_dims: bool = True,
+    merge_to: int | None = None,
+    mesh: DeviceMesh | None = None,
+    transport: Transport | None = None,
+    assignment: str = "bucket_lpt",
+    cost: Cost | None = None,
+    communication_dtype: torch.dtype | None = None,
 ) -> Blocked:
-    """Run a transformation on stacks of equal-shaped blocks.
+    """Run a transformation on stacks of equal-shaped blocks, on one process or a mesh.
 
     Small neighbouring dimensions of every parameter are merged while their product is at most
     `block_size`, larger ones are cut into pieces of `block_size` (the last may be smaller), and
@@ -130,16 +199,37 @@ def blocked(
     by block shape, `"256x256"`; every leaf has the block dimension first, counters too, so
     that a parameter without a gradient (None) leaves its blocks' state as it is.
 
+    With a mesh each block is owned by one rank, which alone has its state and runs `inner` on
+    it: gradients come to the owners and directions go back. The numbers are those of one
+    process. Parameters and gradients may be plain tensors, the same on every rank, or DTensors
+    with any of `Replicate`, `Shard` (uneven and strided too) and, for gradients, `Partial`. All
+    ranks of the mesh must make the same calls, with None for the same gradients.
+
     Args:
         inner: A transformation of one tensor, e.g. `precondition(kronecker())`.
         block_size: Largest size of a block's dimension; None never cuts and never merges
             (dimensions of size 1 are still dropped if `merge_dims`).
         merge_dims: Whether to drop dimensions of size 1 and merge small ones.
+        merge_to: Merge only while more than this many dimensions are left: 2 makes matrices of
+            convolutions, as spectral methods want them. With `block_size=None` there is then
+            no limit to merging. 1 if not given, and no merging with `block_size=None`.
+        mesh: The ranks that share the blocks, all of them whatever the mesh's dimensions. One
+            dimension of a larger mesh, `mesh["blocks"]`, shares them within a group and
+            repeats them in every other (the paper's trainers per group). Every rank of the
+            mesh must build the transformation.
+        transport: How blocks travel: `all_gather()`, `reduce_scatter()`, `all_to_all()`,
+            `shard_local()`; the one that sends least if not given.
+        assignment: How owners are chosen: "bucket_lpt", "lpt" or "chunk".
+        cost: What is balanced: `cubic_cost()`, the default, or `byte_cost()`.
+        communication_dtype: In which gradients and directions are sent; their own if not
+            given.
 
     Raises:
-        HyperparameterError: If `block_size` is no positive int, or `inner` no transformation.
+        HyperparameterError: If an argument is of the wrong kind or range, or `inner` no
+            transformation.
+        ShardingError: If this rank is not in the mesh.
 
-    Source: arXiv 2309.06497, section 3.3.
+    Source: arXiv 2309.06497, sections 3.3 and 4.
 
     Example:
         >>> from shampoo_func.preconditioners import kronecker
@@ -156,4 +246,20 @@ def blocked(
         )
     if block_size is not None:
         check_count("block_size", block_size)
-    return Blocked(inner, block_size, merge_dims)
+    if merge_to is not None:
+        check_count("merge_to", merge_to)
+        if not merge_dims:
+            raise HyperparameterError(
+                f"merge_to={merge_to} says how far dimensions are merged, but merge_dims is "
+                "False; leave out one of the two."
+            )
+    if mesh is None:
+        return Blocked(inner, block_size, merge_dims, merge_to)
+    shared = sharding(
+        mesh,
+        transport=transport,
+        assignment=assignment,
+        cost=cost,
+        communication_dtype=communication_dtype,
+    )
+    return Blocked(inner, block_size, merge_dims, merge_to, shared)

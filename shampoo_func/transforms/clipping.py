@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_func import linalg, tree
 from shampoo_func.errors import check_number
+from shampoo_func.sharding import whole_norms
 from shampoo_func.transforms.base import Stateless
 from shampoo_func.types import Scalar, Tree
 
@@ -18,6 +19,8 @@ __all__ = ["Clip", "ClipByGlobalNorm", "clip", "clip_by_global_norm", "global_no
 
 def global_norm(updates: Tree) -> Tensor:
     """Return the Euclidean norm of all leaves together, 0-d, in at least float32.
+
+    Of DTensors it is the norm of the whole tensors, the same plain number on every rank.
 
     Args:
         updates: A tree of real floating tensors; None leaves count for nothing.
@@ -37,6 +40,7 @@ def global_norm(updates: Tree) -> Tensor:
     ]
     if not norms:
         return torch.zeros(())
+    norms = whole_norms(norms)
     device = norms[0].device
     return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from shampoo_func import tree
-from shampoo_func.blocks import gather, scatter
 from shampoo_func.errors import HyperparameterError
+from shampoo_func.sharding import as_local, wrapped
 from shampoo_func.transforms.base import Averaging
 from shampoo_func.transforms.blocked import Blocked, check_stacks
 from shampoo_func.transforms.chain import Chain
@@ -116,8 +116,10 @@ def _of_partition(tx: Partition, state: dict[str, Any], params: Tree) -> Tree:
 
 def _of_blocks(tx: Blocked, state: dict[str, Any], params: Tree) -> Tree:
     flat, structure = tree.flatten(params)
-    plan = tx.plan(params)
-    stacks = gather(plan, flat)
-    check_stacks(plan, state)
+    exchange = tx.exchange(params, flat, (True,) * len(flat))
+    check_stacks(exchange.sizes(), state)
+    local = [as_local(leaf) for leaf in flat]
+    stacks = exchange.collect(local)
     found = {name: _evaluated(tx.inner, state[name], stack) for name, stack in stacks.items()}
-    return tree.unflatten(structure, list(scatter(plan, found, flat)))
+    results = zip(exchange.deliver(found, local), flat, strict=True)
+    return tree.unflatten(structure, [wrapped(own, leaf) for own, leaf in results])

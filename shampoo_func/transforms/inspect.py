@@ -21,10 +21,12 @@ __all__ = ["BlockView", "SubState", "block_views", "parameter_state", "sub_state
 class BlockView:
     """One block of a parameter and its state.
 
-    start, shape: where the block lies in the merged parameter, and its shape. state: the state
-    of the stage inside `blocked`, without the block dimension (factors are `[d, d]`).
+    place: where it is in the grid of the parameter's blocks. start, shape: where the block lies
+    in the merged parameter, and its shape. state: the state of the stage inside `blocked`,
+    without the block dimension (factors are `[d, d]`).
     """
 
+    place: tuple[int, ...]
     start: tuple[int, ...]
     shape: tuple[int, ...]
     state: Any
@@ -118,6 +120,8 @@ def block_views(
 ) -> list[BlockView]:
     """Return the blocks of a parameter in row-major order, each with its row of the state.
 
+    On a mesh these are the blocks that this rank owns.
+
     Args:
         tx: The stage.
         state: Its state.
@@ -125,11 +129,10 @@ def block_views(
         path: The dotted path of one of them.
         runs: How many dimensions stand before the block dimension (one in a sweep).
     """
-    parameter = tx.plan(params).parameters[tree.paths(params).index(path)]
     views = []
-    for start, shape, stack, row in parameter.blocks():
-        own = tree.map(lambda leaf, row=row: leaf.select(runs, row), state[stack])
-        views.append(BlockView(start, shape, own))
+    for block in tx.here(params)[tree.paths(params).index(path)]:
+        own = tree.map(lambda leaf, row=block.row: leaf.select(runs, row), state[block.stack])
+        views.append(BlockView(block.place, block.start, block.shape, own))
     return views
 
 

@@ -52,7 +52,10 @@ class NewtonRoot(ScaledRoot):
         norm = frobenius(matrix)
         z = ((p + 1) / 2 / norm.where(norm > 0, 1.0))[..., None, None]
         start = (z.pow(1 / p) * eye, z * matrix)
-        end = run(step, begin(start, identity_error(start[1]), self.tolerance), stopping)
+        # the first step takes all eigenvalues of M into (0, 1], from where they only grow; it may
+        # enlarge the largest element of |M - I|, which is no divergence
+        error = identity_error(start[1]).clamp(min=1.0)
+        end = run(step, begin(start, error, self.tolerance), stopping)
         root = end.matrices[0]
         return Solution((root + root.mT) / 2, end.error, stopping.ok(end))
 

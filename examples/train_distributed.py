@@ -1,0 +1,173 @@
+"""Train the small GPT on several ranks: DDP, FSDP2, HSDP, or FSDP2 with tensor parallelism.
+
+    torchrun --nproc-per-node 2 examples/train_distributed.py --mode fsdp2
+
+Every rank owns a part of Shampoo's blocks. Whatever the mode and the number of ranks, the run is
+the same one, to rounding; a checkpoint of one can be resumed by any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm.data import load_corpus, training_batch, validation_batches
+from lm.model import GPT, SIZES
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import shampoo_func as sf
+
+MODES = ("ddp", "fsdp2", "hsdp", "fsdp2-tp")
+
+
+def main() -> None:
+    """Train, save, and print a line per rank."""
+    options = _parse()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda" if cuda else "cpu")
+    mesh, data = _meshes(options.mode, device)
+    torch.manual_seed(options.seed)  # the same weights on every rank
+    config = SIZES[options.size]
+    model = _distributed(GPT(config).to(device), options.mode, mesh)
+    params = _params(model)
+    tx = sf.sharded(
+        sf.shampoo(options.learning_rate, weight_decay=0.1, block_size=256, grafting="adam"),
+        mesh,
+    )
+    state, first = tx.init(params), 1
+    if options.resume:
+        state, first = _load(options.checkpoint, tx, state, params)
+    corpus = load_corpus()
+    start = time.perf_counter()
+    for step in range(first, options.steps + 1):
+        windows = training_batch(
+            corpus, step, seed=options.seed, batch=options.batch, context=config.context
+        )
+        share = windows.chunk(data.size())[data.get_local_rank()].to(device)
+        loss = _loss(model, share)
+        loss.backward()  # type: ignore[no-untyped-call]
+        params = _params(model)
+        grads = {name: weight.grad for name, weight in _named(model)}
+        refresh = sf.refresh_due(tx, step)
+        updates, state = tx.update(grads, state, params, refresh=refresh)
+        with torch.no_grad():
+            for name, weight in params.items():
+                weight.add_(updates[name])
+        model.zero_grad()
+    seconds = time.perf_counter() - start
+    if options.checkpoint:
+        saved = {
+            **sf.to_state_dict(tx, state, params),
+            **params,
+            "step": torch.tensor(options.steps),
+        }
+        save(saved, checkpoint_id=options.checkpoint)
+    with torch.no_grad():
+        losses = [
+            _loss(model, own.to(device)) for own in validation_batches(corpus, config.context)
+        ]
+    _report(state, seconds, torch.stack(losses).mean())
+    dist.destroy_process_group()
+
+
+def _meshes(mode: str, device: torch.device) -> tuple[DeviceMesh, DeviceMesh]:
+    """Return the mesh of all ranks, and the part of it that splits the batch."""
+    world = dist.get_world_size()
+    if mode == "hsdp":
+        mesh = init_device_mesh(device.type, (2, world // 2), mesh_dim_names=("replica", "shard"))
+        return mesh, init_device_mesh(device.type, (world,))
+    if mode == "fsdp2-tp":
+        mesh = init_device_mesh(device.type, (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        return mesh, mesh["dp"]
+    mesh = init_device_mesh(device.type, (world,))
+    return mesh, mesh
+
+
+def _distributed(model: GPT, mode: str, mesh: DeviceMesh) -> nn.Module:
+    """Distribute a model; the optimizer sees how from its parameters."""
+    if mode == "ddp":
+        return DistributedDataParallel(model)
+    own = mesh
+    if mode == "fsdp2-tp":
+        for block in model.blocks:
+            plan = {"mlp_in": ColwiseParallel(), "mlp_out": RowwiseParallel()}
+            parallelize_module(block, mesh["tp"], plan)
+        own = mesh["dp"]
+    for block in model.blocks:
+        fully_shard(block, mesh=own)
+    fully_shard(model, mesh=own)
+    return model
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters under the same names in every mode."""
+    return [(name.removeprefix("module."), own) for name, own in model.named_parameters()]
+
+
+def _params(model: nn.Module) -> dict[str, Tensor]:
+    return {name: own.detach() for name, own in _named(model)}
+
+
+def _loss(model: nn.Module, windows: Tensor) -> Tensor:
+    logits = model(windows[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, -2), windows[:, 1:].reshape(-1))
+
+
+def _load(
+    folder: Path, tx: sf.Transformation, state: Any, params: dict[str, Tensor]
+) -> tuple[Any, int]:
+    """Load weights, in place, and the state; return the latter and the next step."""
+    saved = {**sf.to_state_dict(tx, state, params), **params, "step": torch.tensor(0)}
+    load(saved, checkpoint_id=folder)
+    return sf.from_state_dict(tx, params, saved), int(saved["step"]) + 1
+
+
+def _report(state: Any, seconds: float, loss: Tensor) -> None:
+    """Print what every rank has."""
+    leaves = sf.tree.leaves(state)
+    held = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    line = f"rank {dist.get_rank()}: {held / 2**20:.2f} MiB of state, {seconds:.1f} s"
+    lines: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    if dist.get_rank() == 0:
+        print("\n".join(lines))
+        print(f"validation loss {loss.item():.4f}")
+
+
+def _parse() -> argparse.Namespace:
+    parse = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parse.add_argument("--mode", choices=MODES, default="fsdp2")
+    parse.add_argument("--size", choices=SIZES, default="tiny")
+    parse.add_argument("--steps", type=int, default=50)
+    parse.add_argument("--batch", type=int, default=16, help="windows per step, of all ranks")
+    parse.add_argument("--learning-rate", type=float, default=1e-2)
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument("--checkpoint", type=Path, help="folder to save to, and to resume from")
+    parse.add_argument("--resume", action="store_true")
+    options = parse.parse_args()
+    if options.resume and not options.checkpoint:
+        parse.error("--resume needs --checkpoint")
+    return options
+
+
+if __name__ == "__main__":
+    main()
