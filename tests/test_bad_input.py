@@ -143,6 +143,7 @@ TRANSFORMATIONS: dict[str, Callable[[], sf.Transformation]] = {
     "scale_by_shampoo": lambda: sf.scale_by_shampoo(block_size=2, refresh_every=1),
     "schedule_free": lambda: sf.schedule_free(0.1, weight_decay=0.1),
     "sgd": lambda: sf.sgd(0.1, momentum=0.9),
+    "sharded": lambda: sf.sharded(sf.shampoo(0.1, block_size=2), None),
     "soap": lambda: sf.soap(0.1, block_size=2),
     "shampoo": lambda: sf.shampoo(0.1, weight_decay=0.1, momentum=0.9, block_size=2),
     "shampoo plain": lambda: sf.shampoo(
