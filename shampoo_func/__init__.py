@@ -1,6 +1,14 @@
 """Shampoo and its family as pure functions on PyTorch."""
 
-from shampoo_func.checkpoint import from_state_dict, to_state_dict
+from shampoo_func.checkpoint import (
+    checkpoint_path,
+    from_state_dict,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_checkpoint_async,
+    to_state_dict,
+)
 from shampoo_func.codecs import (
     Codec,
     bfloat16_codec,
@@ -141,6 +149,7 @@ __all__ = [
     "chain",
     "chebyshev_root",
     "check_failures",
+    "checkpoint_path",
     "cholesky_root",
     "clip",
     "clip_by_global_norm",
@@ -169,7 +178,9 @@ __all__ = [
     "kl_shampoo",
     "kl_soap",
     "kronecker",
+    "latest_checkpoint",
     "linear_schedule",
+    "load_checkpoint",
     "masked",
     "muon",
     "newton_db_root",
@@ -189,6 +200,8 @@ __all__ = [
     "reduce_scatter",
     "refresh_due",
     "rmsprop",
+    "save_checkpoint",
+    "save_checkpoint_async",
     "scalar_second_moment",
     "scale",
     "scale_by_adam",

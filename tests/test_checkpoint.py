@@ -334,11 +334,20 @@ MISFITS = {
     ),
     "block size": (
         for_others(small_shampoo(momentum=0.5, block_size=4), {"w": torch.randn(4, 5)}),
-        r"'precondition' was saved with block_size=3, merge_dims=True, but has block_size=4",
+        r"'precondition' was saved with block_size=3, .* merge_to=None, but has block_size=4",
     ),
     "merging": (
         for_others(small_shampoo(momentum=0.5, merge_dims=False), {"w": torch.randn(4, 5)}),
-        r"merge_dims=True, but has block_size=3, merge_dims=False",
+        r"merge_dims=True, merge_to=None, but has block_size=3, merge_dims=False",
+    ),
+    "merging up to": (
+        for_others(
+            sf.chain(
+                precondition=sf.blocked(sf.trace(0.5), block_size=3, merge_to=2),
+            ),
+            {"w": torch.randn(4, 5)},
+        ),
+        r"merge_to=None, but has block_size=3, merge_dims=True, merge_to=2;",
     ),
     "another stage": (
         for_others(small_shampoo(), {"w": torch.randn(4, 5)}),

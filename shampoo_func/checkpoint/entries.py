@@ -29,13 +29,15 @@ __all__ = ["Entry", "Walk", "named_entries"]
 class Place:
     """A place in a state: the names before the parameter, its path if any, the names after it.
 
-    runs: how many dimensions of its leaves count the runs of a sweep.
+    runs: how many dimensions of its leaves count the runs of a sweep. blocked: whether the first
+    of the names after the parameter is that of a block.
     """
 
     before: tuple[str, ...] = ()
     path: str | None = None
     after: tuple[str, ...] = ()
     runs: int = 0
+    blocked: bool = False
 
     def at(self, name: str) -> Place:
         """Go one step down; an empty name is none."""
@@ -72,17 +74,23 @@ class Entry:
         """The name without the parameter's path, `trace/trace`."""
         return "/".join((*self.place.before, *self.place.after))
 
+    @property
+    def kind(self) -> str:
+        """The name without parameter and block: `precondition/preconditioner/roots/0`."""
+        after = self.place.after[1:] if self.place.blocked else self.place.after
+        return "/".join((*self.place.before, *after))
+
 
 class Walk:
     """A walk through a state along its transformation.
 
-    entries: the leaves. blockings: (block size, merging) by the place of each `blocked` stage.
+    entries: the leaves. blockings: block size and merging by the place of each `blocked` stage.
     """
 
     def __init__(self, tx: Transformation, state: Any, params: Tree) -> None:
         """Walk through the whole state."""
         self.entries: list[Entry] = []
-        self.blockings: dict[str, list[int | bool | None]] = {}
+        self.blockings: dict[str, dict[str, int | bool | None]] = {}
         self._visit(tx, state, params, Place())
 
     def _visit(self, tx: Transformation, state: Any, params: Tree, place: Place) -> None:
@@ -117,12 +125,17 @@ class Walk:
 
     def _visit_blocks(self, tx: Blocked, state: Any, params: Tree, place: Place) -> None:
         """Visit every block's row of the state as the state of one tensor."""
-        self.blockings["/".join(place.before)] = [tx.block_size, tx.merge_dims]
+        self.blockings["/".join(place.before)] = {
+            "block_size": tx.block_size,
+            "merge_dims": tx.merge_dims,
+            "merge_to": tx.merge_to,
+        }
         for path in tree.paths(params):
             views = block_views(tx, state, params, path, runs=place.runs)
             for name, view in zip(_block_names(views), views, strict=True):
                 block = torch.empty(view.shape, device="meta")  # its shape is all that counts
-                self._visit(tx.inner, view.state, block, place.of(path).at(name))
+                inside = replace(place.of(path).at(name), blocked=True)
+                self._visit(tx.inner, view.state, block, inside)
 
     def _add_tree(self, node: Any, params: Tree, place: Place) -> None:
         """Add the leaves of a node that may be, or hold, a tree over the parameters."""

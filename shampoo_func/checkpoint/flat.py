@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,16 +10,15 @@ from torch import Tensor
 
 from shampoo_func import tree
 from shampoo_func.checkpoint import metadata, packing
-from shampoo_func.checkpoint.entries import Entry, Walk, by_key, named_entries
-from shampoo_func.errors import CheckpointError
-from shampoo_func.sharding import as_local, stored_like
+from shampoo_func.checkpoint.entries import Walk, by_key, named_entries
+from shampoo_func.checkpoint.fitting import UPPER, fill, fits
+from shampoo_func.sharding import as_local
 from shampoo_func.transforms import with_sharding
 from shampoo_func.types import Transformation, Tree
 
-__all__ = ["carried_over", "fill", "first_state", "from_state_dict", "to_state_dict"]
+__all__ = ["carried_over", "first_state", "from_state_dict", "to_state_dict", "whole_walk"]
 
 SYMMETRIC = ("factor", "root")
-UPPER = "/upper"
 
 
 def to_state_dict(
@@ -101,11 +100,7 @@ def from_state_dict(tx: Transformation, params: Tree, state_dict: Mapping[str, T
     saved = {key: value for key, value in state_dict.items() if key.startswith("state/")}
     whole = whole_walk(tx, walk, params)
     fill(entries, saved, elsewhere=() if whole is walk else by_key(whole.entries))
-    if described.get("fingerprint") != metadata.describe(whole, packed=False)["fingerprint"]:
-        raise CheckpointError(
-            "the checkpoint's metadata is of another state than its tensors; it was put together "
-            "from two checkpoints."
-        )
+    metadata.check_same(described, whole)
     return state
 
 
@@ -124,46 +119,6 @@ def whole_walk(tx: Transformation, walk: Walk, params: Tree) -> Walk:
     return Walk(alone, alone.init(shapes), shapes)
 
 
-def fill(
-    entries: Mapping[str, Entry], saved: Mapping[str, Tensor], *, elsewhere: Iterable[str] = ()
-) -> None:
-    """Copy saved tensors into the entries of the same names, after checking them all.
-
-    Args:
-        entries: What is to be written.
-        saved: The values; each under the name of its entry, with `/upper` if packed.
-        elsewhere: Names of entries of other ranks, which `saved` may hold too.
-
-    Raises:
-        CheckpointError: If names, shapes or dtypes differ.
-    """
-    problems: list[str] = []
-    missing = [key for key in entries if key not in saved and key + UPPER not in saved]
-    names = {*entries, *elsewhere}
-    known = {*names, *(key + UPPER for key in names)}
-    problems += _listed("missing", missing)
-    problems += _listed("unexpected", [key for key in saved if key not in known])
-    different = [
-        f"{key!r} is {_kind(value, packed)}, expected {_kind(entry.tensor)}"
-        for key, entry in entries.items()
-        for value, packed in (_found(key, saved),)
-        if value is not None and not _fits(value, packed, entry.tensor)
-    ]
-    problems += different[:3]
-    problems += [f"and {len(different) - 3} more"] if len(different) > 3 else []
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint does not fit: {'; '.join(problems)}. Build the optimizer with the "
-            "settings, and for the parameters, that it was saved with."
-        )
-    with torch.no_grad():
-        for key, entry in entries.items():
-            value, packed = _found(key, saved)
-            if packed:
-                value = packing.unpack(value, entry.tensor.shape[-1])
-            entry.tensor.copy_(stored_like(value, entry.tensor))
-
-
 def carried_over(
     old: tuple[Transformation, Any, Tree], tx: Transformation, params: Tree
 ) -> tuple[Any, list[str]]:
@@ -180,7 +135,7 @@ def carried_over(
     kept = {
         key: entry.tensor
         for key, entry in before.items()
-        if key in after and _fits(entry.tensor, False, after[key].tensor)
+        if key in after and fits(entry.tensor, False, after[key].tensor)
     }
     fill({key: after[key] for key in kept}, kept)
     return state, [key for key in before if key not in kept]
@@ -210,33 +165,3 @@ def _memory(tensor: Tensor) -> int:
     """Return what tensors that share memory have in common."""
     own = as_local(tensor)
     return own.untyped_storage().data_ptr() or id(own)
-
-
-def _found(key: str, saved: Mapping[str, Tensor]) -> tuple[Any, bool]:
-    """Return the value saved for an entry, and whether it is packed."""
-    if key in saved:
-        return saved[key], False
-    return saved.get(key + UPPER), True
-
-
-def _fits(value: Any, packed: bool, wanted: Tensor) -> bool:
-    shape = tuple(wanted.shape)
-    if packed:
-        size = shape[-1] if shape else 0
-        square = len(shape) >= 2 and shape[-2] == size
-        shape = (*shape[:-2], size * (size + 1) // 2) if square else (-1,)
-    return isinstance(value, Tensor) and value.dtype == wanted.dtype and value.shape == shape
-
-
-def _kind(value: Any, packed: bool = False) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    kind = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return f"{kind} (packed)" if packed else kind
-
-
-def _listed(what: str, keys: Iterable[str]) -> list[str]:
-    """Say which keys are missing or unexpected."""
-    found = sorted(keys)
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return [f"{what}: {', '.join(map(repr, found[:3]))}{more}"] if found else []
