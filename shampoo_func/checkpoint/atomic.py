@@ -17,19 +17,25 @@ from shampoo_func.errors import CheckpointError
 __all__ = ["MARKER", "begin", "check_complete", "discard", "partial", "publish"]
 
 MARKER = "complete.json"
+UNFINISHED = ".partial"
 
 
 def partial(path: Path) -> Path:
     """Return where a folder is filled before it gets its name."""
-    return path.with_name(f".{path.name}.partial")
+    return path.with_name(f".{path.name}{UNFINISHED}")
 
 
 def begin(path: Path) -> None:
     """Make an empty folder to be filled, in the place of what a killed process has left there.
 
     Raises:
-        CheckpointError: If there is something under the final name.
+        CheckpointError: If there is something under the final name, or it cannot be one.
     """
+    if not path.name or path.name.endswith(UNFINISHED):
+        raise CheckpointError(
+            f"{str(path)!r} is no name for a checkpoint; give a folder that does not end in "
+            f"{UNFINISHED!r}."
+        )
     if path.exists():
         raise CheckpointError(
             f"{str(path)!r} exists; checkpoints are never overwritten: give another name, such as "
@@ -80,6 +86,10 @@ def check_complete(path: Path) -> None:
     """
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {str(path)!r}; nothing was saved there.")
+    if path.name.endswith(UNFINISHED):
+        raise CheckpointError(
+            f"{str(path)!r} is what a process that was killed has left; load an earlier checkpoint."
+        )
     try:
         sizes = json.loads((path / MARKER).read_text())["files"]
         wanted = {str(name): int(size) for name, size in sizes.items()}

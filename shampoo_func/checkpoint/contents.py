@@ -81,7 +81,7 @@ def _packed_extra(extra: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in extra.items():
         if not isinstance(name, str) or name.endswith(PLAIN):
             raise CheckpointError(
-                f"extra has the name {name!r}; give text not ending in {PLAIN!r}."
+                f"extra has the name {name!r}; a name is text that does not end in {PLAIN!r}."
             )
         if isinstance(value, Tensor):
             found[EXTRA + name] = value.detach()

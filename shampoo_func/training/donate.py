@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shampoo_func import tree
 from shampoo_func.errors import DonationError, TreeMismatchError, check_count
+from shampoo_func.sharding import as_local
 from shampoo_func.types import Tree
 
 __all__ = ["donate"]
@@ -133,7 +134,8 @@ def _check_aliases(old: Tree, targets: list[Tensor], sources: list[Tensor]) -> N
 
 def _memory(tensor: Tensor) -> Any:
     """Return what two tensors that share memory have in common."""
-    return tensor.untyped_storage().data_ptr() or id(tensor)
+    # a DTensor itself has no memory
+    return as_local(tensor).untyped_storage().data_ptr() or id(tensor)
 
 
 def _same(target: Tensor, source: Tensor) -> bool:
