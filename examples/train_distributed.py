@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ import torch.distributed as dist
 from lm.data import load_corpus, training_batch, validation_batches
 from lm.model import GPT, SIZES
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
@@ -53,9 +52,8 @@ def main() -> None:
         sf.shampoo(options.learning_rate, weight_decay=0.1, block_size=256, grafting="adam"),
         mesh,
     )
-    state, first = tx.init(params), 1
-    if options.resume:
-        state, first = _load(options.checkpoint, tx, state, params)
+    state, first = _load(options, tx, params) if options.resume else (tx.init(params), 1)
+    saving: Future[Path] | None = None
     corpus = load_corpus()
     start = time.perf_counter()
     for step in range(first, options.steps + 1):
@@ -73,14 +71,14 @@ def main() -> None:
             for name, weight in params.items():
                 weight.add_(updates[name])
         model.zero_grad()
+        if options.checkpoint and (step % options.save_every == 0 or step == options.steps):
+            path = sf.checkpoint_path(options.checkpoint, step)
+            if saving:
+                saving.result()  # raises what went wrong with the one before
+            saving = sf.save_checkpoint_async(path, tx, state, params, extra={"step": step})
+    if saving:
+        saving.result()
     seconds = time.perf_counter() - start
-    if options.checkpoint:
-        saved = {
-            **sf.to_state_dict(tx, state, params),
-            **params,
-            "step": torch.tensor(options.steps),
-        }
-        save(saved, checkpoint_id=options.checkpoint)
     with torch.no_grad():
         losses = [
             _loss(model, own.to(device)) for own in validation_batches(corpus, config.context)
@@ -133,12 +131,16 @@ def _loss(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def _load(
-    folder: Path, tx: sf.Transformation, state: Any, params: dict[str, Tensor]
+    options: argparse.Namespace, tx: sf.Transformation, params: dict[str, Tensor]
 ) -> tuple[Any, int]:
     """Load weights, in place, and the state; return the latter and the next step."""
-    saved = {**sf.to_state_dict(tx, state, params), **params, "step": torch.tensor(0)}
-    load(saved, checkpoint_id=folder)
-    return sf.from_state_dict(tx, params, saved), int(saved["step"]) + 1
+    path = sf.latest_checkpoint(options.checkpoint)
+    if path is None:
+        raise SystemExit(f"there is no complete checkpoint in {options.checkpoint}")
+    loaded = sf.load_checkpoint(path, tx, params)
+    for name, weight in params.items():
+        weight.copy_(loaded.params[name])
+    return loaded.state, loaded.extra["step"] + 1
 
 
 def _report(state: Any, seconds: float, loss: Tensor) -> None:
@@ -161,11 +163,14 @@ def _parse() -> argparse.Namespace:
     parse.add_argument("--batch", type=int, default=16, help="windows per step, of all ranks")
     parse.add_argument("--learning-rate", type=float, default=1e-2)
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--checkpoint", type=Path, help="folder to save to, and to resume from")
-    parse.add_argument("--resume", action="store_true")
+    parse.add_argument("--checkpoint", type=Path, help="folder of checkpoints, one per step")
+    parse.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parse.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     options = parse.parse_args()
     if options.resume and not options.checkpoint:
         parse.error("--resume needs --checkpoint")
+    if options.checkpoint and not options.resume and sf.latest_checkpoint(options.checkpoint):
+        parse.error(f"{options.checkpoint} has checkpoints; give --resume, or another folder")
     return options
 
 
