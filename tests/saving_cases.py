@@ -146,6 +146,17 @@ def groups(rank: int, world: int, path: str) -> bool:
     return same((loaded.params, loaded.state), (params, state))
 
 
+def save_alone(rank: int, world: int, path: str) -> bool:
+    """Save and load on one rank only, in a group of several."""
+    if rank:
+        return True
+    run = Run(1, "")
+    params, state = run.train(*run.start(), range(1))
+    sf.save_checkpoint(path, run.tx, state, params, alone=True)
+    loaded = sf.load_checkpoint(path, run.tx, params, alone=True)
+    return same((loaded.params, loaded.state), (params, state))
+
+
 @contextlib.contextmanager
 def full_disk(there: bool) -> Iterator[None]:
     """Let this process write no more than 100 bytes into a file."""

@@ -352,6 +352,12 @@ def test_blocks_of_groups(tmp_path: Path) -> None:
     assert all(workers.pool(4).run(cases.groups, str(tmp_path / "a")))
 
 
+def test_one_of_two_ranks_for_itself(tmp_path: Path) -> None:
+    """`alone` asks no other rank."""
+    answers = workers.pool(2).run(cases.save_alone, str(tmp_path / "a"), seconds=30.0)
+    assert all(answers)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
