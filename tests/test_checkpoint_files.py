@@ -354,7 +354,7 @@ def test_blocks_of_groups(tmp_path: Path) -> None:
 
 def test_one_of_two_ranks_for_itself(tmp_path: Path) -> None:
     """`alone` asks no other rank."""
-    answers = workers.pool(2).run(cases.save_alone, str(tmp_path / "a"), seconds=30.0)
+    answers = workers.pool(2).run(cases.save_alone, str(tmp_path / "a"))
     assert all(answers)
 
 
@@ -370,7 +370,7 @@ def test_one_of_two_ranks_for_itself(tmp_path: Path) -> None:
 )
 def test_a_rank_that_fails_is_an_error_on_all(tmp_path: Path, how: str, message: str) -> None:
     """Typed, on every rank, at once; nothing is left, and the next save works."""
-    for told, works in workers.pool(2).run(cases.fail, str(tmp_path), how, seconds=30.0):
+    for told, works in workers.pool(2).run(cases.fail, str(tmp_path), how):
         assert told.startswith("CheckpointError")
         assert any(part in told for part in message.split("|"))
         assert works
@@ -382,7 +382,7 @@ def test_a_rank_that_cannot_load_is_an_error_on_all(tmp_path: Path, how: str, me
     """None goes on alone, to wait for the others."""
     path = str(tmp_path / "a")
     workers.pool(2).run(cases.train_and_save, "plain", path, 1)
-    for told in workers.pool(2).run(cases.misfit, f"{path}/grafted", how, seconds=30.0):
+    for told in workers.pool(2).run(cases.misfit, f"{path}/grafted", how):
         assert told.startswith("CheckpointError")
         assert message in told
 
