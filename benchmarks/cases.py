@@ -13,7 +13,17 @@ from benchmarks.problem import Case, Problem, optimizer_case
 from benchmarks.timing import Job
 from shampoo_func.blocks import gather
 
-__all__ = ["CASES", "LARGE_CASES", "PERIOD", "SMALL_LEAVES_CASES", "Run", "adamw", "ours", "shampoo", "soap"]
+__all__ = [
+    "CASES",
+    "LARGE_CASES",
+    "PERIOD",
+    "SMALL_LEAVES_CASES",
+    "Run",
+    "adamw",
+    "ours",
+    "shampoo",
+    "soap",
+]
 
 PERIOD = 10
 
@@ -60,7 +70,9 @@ class Run:
             return sf.apply_updates(params, updates), state
 
         own = problem.copy()
-        chosen = torch.compile(sf.donate(step), fullgraph=True) if compiled else step
+        chosen: Callable[..., tuple[Any, Any]] = step
+        if compiled:
+            chosen = torch.compile(sf.donate(step), fullgraph=True, backend=problem.backend)
         return cls(problem, chosen, own, tx.init(own))
 
     def advance(self, **extra: Any) -> None:
@@ -75,8 +87,10 @@ def ours(name: str, problem: Problem, tx: sf.Transformation, *, compiled: bool) 
     def job(step: str, **static: Any) -> Job:
         return Job(name, step, lambda number: run.advance(**static), problem.refill)
 
-    if "refresh" not in tx.extras:
-        return Case([job("plain")], lambda: run.state)
+    if not tx.refresh_policies:
+        # nothing in AdamW is refreshed, so no branch on it need be compiled either
+        static = {"refresh": False} if "refresh" in tx.extras else {}
+        return Case([job("plain", **static)], lambda: run.state)
     # the refresh is the first to run, so that plain steps have roots to apply
     jobs = [job("refresh", refresh=True), job("plain", refresh=False)]
     return Case(jobs, lambda: run.state)
@@ -132,9 +146,7 @@ def floor(problem: Problem) -> Case:
         list(problem.params.values())
     )
     stacks = [
-        stack
-        for stack in gather(plan, list(problem.pool[0].values())).values()
-        if stack.ndim == 3
+        stack for stack in gather(plan, list(problem.pool[0].values())).values() if stack.ndim == 3
     ]
     buffers = [
         (torch.empty_like(g @ g.mT), torch.empty_like(g.mT @ g), g.clone(), g.clone())
@@ -157,13 +169,16 @@ CASES: dict[str, Callable[[Problem], Case]] = {
     "shampoo-eager": _ours("shampoo-eager", shampoo, False),
     "soap-compiled": _ours("soap-compiled", soap, True),
     "adamw-compiled": _ours("adamw-compiled", adamw, True),
+    "adamw-eager": _ours("adamw-eager", adamw, False),
     "torch-adamw-fused": _torch_adamw("torch-adamw-fused", True),
     "torch-adamw-foreach": _torch_adamw("torch-adamw-foreach", False),
     "torch-muon": torch_muon,
 }
 
-LARGE_CASES = tuple(name for name in CASES if name not in ("shampoo-eager", "soap-compiled"))
+LARGE_CASES = tuple(
+    name for name in CASES if name not in ("shampoo-eager", "soap-compiled", "adamw-eager")
+)
 """What is timed on large sets."""
 
-SMALL_LEAVES_CASES = ("adamw-compiled", "torch-adamw-fused", "torch-adamw-foreach")
+SMALL_LEAVES_CASES = ("adamw-compiled", "adamw-eager", "torch-adamw-fused", "torch-adamw-foreach")
 """What is timed on a tree of thousands of leaves."""

@@ -36,10 +36,11 @@ def _verdict(result: Result) -> str:
     return "met" if result.met else "NOT met"
 
 
-def _markdown(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:
+def _markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
     body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [list(head), ["---"] * len(head), *body]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    names = head.split(", ")
+    lines = [names, ["---"] * len(names), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _where(result: Result) -> list[str]:
@@ -60,19 +61,19 @@ def tables(results: Sequence[Result], machine: dict[str, Any]) -> str:
         rows = [
             [r.suite, *_where(r), r.name, shown(r), f"{r.target:g}", _verdict(r)] for r in limited
         ]
-        head = ("suite", "set", "threads", "what", "measured", "at most", "")
-        parts += ["## Targets", "\n".join(_markdown(rows, head))]
+        head = "suite, set, threads, what, measured, at most, verdict"
+        parts += ["## Targets", _markdown(head, rows)]
     failed = [r for r in results if r.error and r.target is None]
     if failed:
         rows = [[r.suite, *_where(r), r.name, r.error] for r in failed]
-        head = ("suite", "set", "threads", "what", "error")
-        parts += ["## Not measured", "\n".join(_markdown(rows, head))]
+        head = "suite, set, threads, what, error"
+        parts += ["## Not measured", _markdown(head, rows)]
     for suite in SUITES.values():
         own = [r for r in results if r.suite == suite.name and not r.error and r.target is None]
         if own:
             rows = [[*_where(r), r.name, shown(r), r.note] for r in own]
-            head = ("set", "threads", "what", "measured", "")
-            parts += [f"## {suite.name}: {suite.about}", "\n".join(_markdown(rows, head))]
+            head = "set, threads, what, measured, note"
+            parts += [f"## {suite.name}: {suite.about}", _markdown(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 

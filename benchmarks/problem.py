@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.record import Settings
 from benchmarks.sets import LARGE, SETS, fill, random_like
 from benchmarks.shapes import Shapes
 from benchmarks.timing import Job
@@ -25,27 +26,32 @@ class Problem:
     """A parameter set, a pool of gradients, and the block size of Shampoo.
 
     grads are the buffers that every optimizer reads; `refill` writes those of a step into them.
+    backend: what compiles our steps.
     """
 
     params: dict[str, Tensor]
     pool: tuple[dict[str, Tensor], ...]
     grads: dict[str, Tensor]
     block_size: int
+    backend: str = "inductor"
 
     @classmethod
-    def of(cls, name: str, block_size: int, device: str = "cpu") -> Problem:
+    def of(cls, name: str, settings: Settings) -> Problem:
         """Return the problem of the set of that name."""
-        return cls.of_shapes(SETS[name](), block_size, device)
+        return cls.of_shapes(SETS[name](), settings.block_size, settings.device, settings.backend)
 
     @classmethod
-    def of_shapes(cls, shapes: Shapes, block_size: int, device: str = "cpu") -> Problem:
+    def of_shapes(
+        cls, shapes: Shapes, block_size: int, device: str, backend: str = "inductor"
+    ) -> Problem:
         """Return the problem of parameters of these shapes."""
         params = fill(shapes, device)
         large = sum(leaf.numel() for leaf in params.values()) > LARGE
         pool = tuple(
             random_like(params, seed) for seed in range(2 if large else DIFFERENT_GRADIENTS)
         )
-        return cls(params, pool, {k: g.clone() for k, g in pool[0].items()}, block_size)
+        buffers = {name: grad.clone() for name, grad in pool[0].items()}
+        return cls(params, pool, buffers, block_size, backend)
 
     @property
     def numbers(self) -> int:

@@ -64,24 +64,25 @@ class Ratio:
         kind = what.replace("mean ", "mean, every ")
         return f"{our} / {their}: {kind}" if what == other else f"{our}, {kind} / {their}"
 
-    def result(self, steps: Steps, settings: Settings, unit: Unit, reasons: Mapping[str, str]) -> Result:
+    def result(
+        self, steps: Steps, settings: Settings, unit: Unit, reasons: Mapping[str, str]
+    ) -> Result:
         """Return the ratio, or why there is none."""
         value, error = None, ""
         try:
             value = steps.quantity(*self.ours) / steps.quantity(*self.theirs)
         except KeyError:
-            missing = next(c for c in (self.ours[0], self.theirs[0]) if (c, "plain") not in steps.medians)
+            missing = next(
+                c for c in (self.theirs[0], self.ours[0]) if (c, "plain") not in steps.medians
+            )
             error = f"not measured: {reasons.get(missing, f'{missing} was not run')}"
         target = None
         if unit.set == self.set and not settings.quick:
             target = self.limits.get(unit.threads, self.limits.get(None))
-        return Result(
-            suite=unit.suite,
+        return unit.result(
             name=self.name,
             unit="x",
             value=value,
-            set=unit.set,
-            threads=unit.threads,
             target=target,
             error=error,
         )
@@ -92,13 +93,10 @@ def step_results(unit: Unit, clock: str, measured: Sequence[Measurement]) -> Ite
     steps = Steps.of(measured)
 
     def row(name: str, seconds: float, samples: tuple[float, ...] = (), note: str = "") -> Result:
-        return Result(
-            suite=unit.suite,
+        return unit.result(
             name=name,
             unit="s",
             value=seconds,
-            set=unit.set,
-            threads=unit.threads,
             samples=samples,
             note=note,
         )

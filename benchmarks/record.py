@@ -51,6 +51,11 @@ class Settings:
     quick: bool = False
     peers: tuple[str, ...] | None = None
 
+    @property
+    def backend(self) -> str:
+        """What compiles: Inductor, or for a quick look nothing after the tracing."""
+        return "eager" if self.quick else "inductor"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
@@ -59,6 +64,31 @@ class Unit:
     suite: str
     set: str = ""
     threads: int = 1
+
+    def result(
+        self,
+        name: str,
+        unit: str,
+        value: float | None,
+        *,
+        target: float | None = None,
+        samples: tuple[float, ...] = (),
+        note: str = "",
+        error: str = "",
+    ) -> Result:
+        """Return a result of this part."""
+        return Result(
+            suite=self.suite,
+            name=name,
+            unit=unit,
+            value=value,
+            set=self.set,
+            threads=self.threads,
+            target=target,
+            samples=samples,
+            note=note,
+            error=error,
+        )
 
 
 Measure = Callable[[Settings, Unit], Iterator[Result]]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,14 +75,7 @@ def _ended(command: Sequence[str], timeout: float) -> str:
 
 
 def _failure(unit: Unit, error: str) -> Result:
-    return Result(
-        suite=unit.suite,
-        name="the suite",
-        unit="",
-        set=unit.set,
-        threads=unit.threads,
-        error=" ".join(error.split())[:300],
-    )
+    return unit.result("the suite", "", None, error=" ".join(error.split())[:300])
 
 
 def _read(line: str) -> Result:
@@ -99,11 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     peers = options.settings["peers"]
     settings = Settings(**{**options.settings, "peers": None if peers is None else tuple(peers)})
-    write: Callable[[str], int]
     with options.out.open("a") as file:
-        write = file.write
         for result in results_here(settings, Unit(**options.unit)):
-            write(json.dumps(asdict(result)) + "\n")
+            file.write(json.dumps(asdict(result)) + "\n")
             file.flush()
     return 0
 

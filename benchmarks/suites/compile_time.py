@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,15 +26,15 @@ GRAPHS = 2
 ROOT = Path(__file__).parents[2]
 
 
-def first_calls(name: str, block_size: int, device: str) -> dict[str, float]:
+def first_calls(name: str, settings: Settings) -> dict[str, float]:
     """Return the seconds of the first calls with and without a refresh, and the graphs."""
-    problem = Problem.of(name, block_size, device)
-    run = Run.of(problem, shampoo(block_size), compiled=True)
+    problem = Problem.of(name, settings)
+    run = Run.of(problem, shampoo(settings.block_size), compiled=True)
     taken: dict[str, float] = {}
     for what, refresh in (("plain", False), ("refresh", True)):
         begin = time.perf_counter()
         run.advance(refresh=refresh)
-        if device == "cuda":
+        if settings.device == "cuda":
             torch.cuda.synchronize()
         taken[what] = time.perf_counter() - begin
     return taken | {"graphs": float(counters["stats"]["unique_graphs"])}
@@ -41,35 +42,28 @@ def first_calls(name: str, block_size: int, device: str) -> dict[str, float]:
 
 def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     """Run the first calls in two processes, one after the other, on one new cache."""
+    limited = unit.set == "gpt" and not settings.quick
+    graphs = 0.0
     with tempfile.TemporaryDirectory() as cache:
         for kind, limit in LIMITS.items():
-            if settings.quick and kind == "warm":
-                return
             taken = _in_process(cache, unit, settings)
-            rows = [
-                (f"first call, {what}, {kind} cache", taken[what], "s", None)
-                for what in ("plain", "refresh")
-            ]
-            both = taken["plain"] + taken["refresh"]
-            rows.append((f"first calls, both graphs, {kind} cache", both, "s", limit))
-            if kind == "cold":
-                rows.append(("graphs of a step, with and without refresh", taken["graphs"], "graphs", GRAPHS))
-            limited = unit.set == "gpt" and not settings.quick
-            for name, value, of, target in rows:
-                yield Result(
-                    suite=unit.suite,
-                    name=f"shampoo-compiled: {name}",
-                    unit=of,
-                    value=value,
-                    set=unit.set,
-                    threads=unit.threads,
-                    target=target if limited else None,
-                    note="wall time" if of == "s" else "",
-                )
+            graphs = taken["graphs"]
+            for what in ("plain", "refresh"):
+                name = f"shampoo-compiled: first call, {what}, {kind} cache"
+                yield unit.result(name, "s", taken[what], note="wall time")
+            yield unit.result(
+                f"shampoo-compiled: first calls, both graphs, {kind} cache",
+                "s",
+                taken["plain"] + taken["refresh"],
+                target=limit if limited else None,
+                note="wall time",
+            )
+    name = "shampoo-compiled: graphs of a step, with and without refresh"
+    yield unit.result(name, "graphs", graphs, target=GRAPHS if limited else None)
 
 
 def _in_process(cache: str, unit: Unit, settings: Settings) -> dict[str, float]:
-    arguments = [unit.set, str(settings.block_size), settings.device, str(unit.threads)]
+    arguments = [unit.set, str(unit.threads), json.dumps(asdict(settings))]
     # Inductor's caches, and what else compiled code is kept in
     environment = {
         **os.environ,
@@ -90,9 +84,9 @@ def _in_process(cache: str, unit: Unit, settings: Settings) -> dict[str, float]:
 
 def main(arguments: Sequence[str]) -> None:
     """Print the first calls as JSON."""
-    name, block_size, device, threads = arguments
+    name, threads, settings = arguments
     torch.set_num_threads(int(threads))
-    print(json.dumps(first_calls(name, int(block_size), device)))
+    print(json.dumps(first_calls(name, Settings(**json.loads(settings)))))
 
 
 SUITE = Suite(

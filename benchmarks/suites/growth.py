@@ -31,8 +31,7 @@ def exponent(points: Mapping[int, float]) -> float:
     logs = [(math.log(n), math.log(seconds)) for n, seconds in points.items()]
     across = sum(x for x, _ in logs) / len(logs)
     up = sum(y for _, y in logs) / len(logs)
-    slope = sum((x - across) * (y - up) for x, y in logs) / sum((x - across) ** 2 for x, _ in logs)
-    return slope
+    return sum((x - across) * (y - up) for x, y in logs) / sum((x - across) ** 2 for x, _ in logs)
 
 
 def run(settings: Settings, unit: Unit) -> Iterator[Result]:
@@ -65,20 +64,16 @@ def _grow(
         points = {int(m.job.case): m.median for m in measured if m.job.step == step}
         for n, seconds in points.items():
             name = f"shampoo-eager, {step}: {what} {n}"
-            yield Result(
-                suite=unit.suite,
+            yield unit.result(
                 name=name,
                 unit="s",
                 value=seconds,
-                threads=unit.threads,
                 note=f"{clock}; {matrices[n][0]} blocks of {matrices[n][1]}",
             )
-        yield Result(
-            suite=unit.suite,
+        yield unit.result(
             name=f"shampoo-eager, {step}: exponent of the {what}",
             unit="exponent",
             value=exponent(points),
-            threads=unit.threads,
             target=None if settings.quick else LIMITS[what],
             note=f"fitted over {min(points)} to {max(points)}",
         )

@@ -45,9 +45,8 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     """Count for ours, then for every peer that is there."""
-    problem = Problem.of(unit.set, settings.block_size, settings.device)
-    names = [n for n in OURS if not (settings.quick and n.endswith("-compiled"))]
-    for name in names:
+    problem = Problem.of(unit.set, settings)
+    for name in OURS:
         yield from _rows(unit, settings, problem, CASES[name](problem))
     for peer in available(problem, settings.peers):
         if not isinstance(peer, Absent):
@@ -60,37 +59,21 @@ def _rows(unit: Unit, settings: Settings, problem: Problem, case: Case) -> Itera
             if job.prepare is not None:
                 job.prepare(number)
             job.run(number)
-    name = case.jobs[0].case
-    state = bytes_of(case.state(), problem)
-    yield _row(unit, f"{name}: state", "bytes", state, f"{state / problem.bytes:.2f}x the parameters")
+    name, state = case.jobs[0].case, bytes_of(case.state(), problem)
+    times = f"{state / problem.bytes:.2f}x the parameters"
+    yield unit.result(f"{name}: state", "bytes", state, note=times)
     for job in case.jobs:
         if job.prepare is not None:
             job.prepare(0)
         peak = peak_bytes(lambda job=job: job.run(0), settings.device)  # type: ignore[misc]
         limited = (name, job.step, unit.set) == (LIMITED, "plain", "gpt") and not settings.quick
-        yield _row(
-            unit,
+        yield unit.result(
             f"{name}: peak temporary of a {job.step} step / parameters",
             "x",
             peak / problem.bytes,
-            f"{peak / 2**20:.1f} MiB",
-            LIMIT if limited else None,
+            target=LIMIT if limited else None,
+            note=f"{peak / 2**20:.1f} MiB",
         )
-
-
-def _row(
-    unit: Unit, name: str, of: str, value: float, note: str, target: float | None = None
-) -> Result:
-    return Result(
-        suite=unit.suite,
-        name=name,
-        unit=of,
-        value=value,
-        set=unit.set,
-        threads=unit.threads,
-        target=target,
-        note=note,
-    )
 
 
 SUITE = Suite(

@@ -14,6 +14,7 @@ from benchmarks.timing import interleave, timer_for
 __all__ = ["SUITE"]
 
 SHAMPOO, SOAP, THEIRS = "shampoo-compiled", "soap-compiled", "distributed-shampoo"
+OURS = (SHAMPOO, SOAP, "torch-adamw-fused", "torch-muon")
 
 RATIOS = (
     Ratio(ours=(SHAMPOO, "plain"), theirs=(THEIRS, "plain"), limits={None: 0.65}),
@@ -40,20 +41,20 @@ RESNET_RATIOS = (
 
 def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     """Time ours and every peer that is there, interleaved; report those that are not."""
-    problem = Problem.of(unit.set, settings.block_size, settings.device)
+    problem = Problem.of(unit.set, settings)
     found = list(available(problem, settings.peers))
     absent = {peer.name: peer for peer in found if isinstance(peer, Absent)}
     present = [peer for peer in found if not isinstance(peer, Absent)]
     for peer in absent.values():
         if peer.failed:
-            yield _row(unit, peer.name, "s", error=peer.reason)
+            yield unit.result(peer.name, "s", None, error=peer.reason)
     ratios = RESNET_RATIOS if unit.set == "resnet18" else RATIOS
     reasons = {name: peer.reason for name, peer in absent.items()}
     if not present:
         for ratio in ratios:
             yield ratio.result(Steps({}), settings, unit, reasons)
         return
-    mine = [CASES[name](problem) for name in _ours(settings)]
+    mine = [CASES[name](problem) for name in OURS]
     jobs = [job for case in [*mine, *present] for job in case.jobs]
     clock, timer = timer_for(settings.device, unit.threads)
     measured = interleave(jobs, settings.rounds, timer, seconds=settings.seconds)
@@ -61,31 +62,10 @@ def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     for case in [*mine, *present]:
         taken = bytes_of(case.state(), problem)
         note = f"{taken / problem.bytes:.2f}x the parameters"
-        yield _row(unit, f"{case.jobs[0].case}: state", "bytes", taken, note)
+        yield unit.result(f"{case.jobs[0].case}: state", "bytes", taken, note=note)
     steps = Steps.of(measured)
     for ratio in ratios:
         yield ratio.result(steps, settings, unit, reasons)
-
-
-def _ours(settings: Settings) -> tuple[str, ...]:
-    if settings.quick:
-        return ("shampoo-eager",)
-    return (SHAMPOO, SOAP, "torch-adamw-fused", "torch-muon")
-
-
-def _row(
-    unit: Unit, name: str, of: str, value: float | None = None, note: str = "", error: str = ""
-) -> Result:
-    return Result(
-        suite=unit.suite,
-        name=name,
-        unit=of,
-        value=value,
-        set=unit.set,
-        threads=unit.threads,
-        note=note,
-        error=error,
-    )
 
 
 SUITE = Suite(

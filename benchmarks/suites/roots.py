@@ -16,12 +16,10 @@ def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     """Time the solvers on a small stack, against one product of it."""
     size = QUICK_SIZE if settings.quick else SIZE
     for row in solvers.times([size], min(settings.rounds, 5)):
-        yield Result(
-            suite=unit.suite,
+        yield unit.result(
             name=f"{row['solver']}, {row['dtype']}, n = {size}: one matrix",
             unit="s",
             value=1e-3 * row["ms_per_matrix"],
-            threads=unit.threads,
             note=f"{row['products']:.3g} batched products, on a CPU",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 import shampoo_func as sf
 from benchmarks.cases import PERIOD, Run, shampoo
@@ -17,12 +18,10 @@ CYCLES, QUICK_CYCLES = 7, 1
 LIMIT = 1.6
 
 
-def _positions(
-    problem: Problem, policy: sf.Policy, timer: Timer, cycles: int, *, compiled: bool
-) -> list[float]:
+def _positions(problem: Problem, policy: Any, timer: Timer, cycles: int) -> list[float]:
     """Return the median seconds of every step of a cycle, in the order of the steps."""
     tx = shampoo(problem.block_size, policy=policy)
-    run = Run.of(problem, tx, compiled=compiled)
+    run = Run.of(problem, tx, compiled=True)
     samples: list[list[float]] = [[] for _ in range(PERIOD)]
     # one cycle compiles and gives every block its roots
     for number in range(1, (cycles + 1) * PERIOD + 1):
@@ -36,24 +35,21 @@ def _positions(
 
 def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     """Time whole cycles of ten steps."""
-    problem = Problem.of(unit.set, settings.block_size, settings.device)
+    problem = Problem.of(unit.set, settings)
     clock, timer = timer_for(settings.device, unit.threads)
     cycles = QUICK_CYCLES if settings.quick else CYCLES
     policies = {"staggered": sf.staggered(PERIOD), "all at once": sf.every(PERIOD)}
     for name, policy in policies.items():
-        steps = _positions(problem, policy, timer, cycles, compiled=not settings.quick)
+        steps = _positions(problem, policy, timer, cycles)
         mean, worst = statistics.fmean(steps), max(steps)
         limited = name == "staggered" and unit.set == "gpt" and not settings.quick
         note = f"{clock}; medians of every step of the cycle over {cycles} cycles"
         rows = (("mean step", "s", mean), ("worst step", "s", worst))
         for what, of, value in (*rows, ("worst / mean step", "x", worst / mean)):
-            yield Result(
-                suite=unit.suite,
+            yield unit.result(
                 name=f"shampoo, period {PERIOD}, {name}: {what}",
                 unit=of,
                 value=value,
-                set=unit.set,
-                threads=unit.threads,
                 target=LIMIT if limited and of == "x" else None,
                 note=note,
             )

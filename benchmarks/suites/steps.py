@@ -35,22 +35,20 @@ MANY_RATIOS = (
 )
 
 
-def cases_of(unit: Unit, problem: Problem, settings: Settings) -> list[str]:
+def cases_of(problem: Problem) -> list[str]:
     """Return the names of what is timed: on large sets and on many leaves less than all."""
     names = list(CASES)
     if problem.numbers > LARGE:
         names = list(LARGE_CASES)
     if len(problem.params) > 1000:
         names = list(SMALL_LEAVES_CASES)
-    if settings.quick:
-        names = [name for name in names if not name.endswith("-compiled")]
     return names
 
 
 def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     """Time every case, interleaved."""
-    problem = Problem.of(unit.set, settings.block_size, settings.device)
-    names = cases_of(unit, problem, settings)
+    problem = Problem.of(unit.set, settings)
+    names = cases_of(problem)
     jobs = [job for name in names for job in CASES[name](problem).jobs]
     clock, timer = timer_for(settings.device, unit.threads)
     measured = interleave(jobs, settings.rounds, timer, seconds=settings.seconds)

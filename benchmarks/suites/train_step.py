@@ -33,6 +33,7 @@ def _jobs(
 ) -> list[Job]:
     from lm.training import make_step
 
+    # what a quick run does not compile is the same function, eager
     step = make_step(model, tx, compiled=compiled)
     own = {name: leaf.clone() for name, leaf in params.items()}
     state = tx.init(own)
@@ -44,7 +45,7 @@ def _jobs(
 
         return Job(case, kind, run)
 
-    kinds = [("refresh", True)] if "refresh" in tx.extras else []
+    kinds = [("refresh", True)] if tx.refresh_policies else []
     return [job(kind, refresh) for kind, refresh in [*kinds, ("plain", False)]]
 
 
@@ -58,9 +59,9 @@ def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     model, params = initial_params(config, 0, torch.device(settings.device))
     generator = torch.Generator().manual_seed(0)
     batches = [
-        torch.randint(
-            config.vocabulary, (batch, config.context + 1), generator=generator
-        ).to(settings.device)
+        torch.randint(config.vocabulary, (batch, config.context + 1), generator=generator).to(
+            settings.device
+        )
         for _ in range(2)
     ]
     jobs = [
