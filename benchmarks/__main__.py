@@ -49,6 +49,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peers", nargs="*", choices=PEERS, help="which peers; none if empty (default: all)")
     add("--output", type=Path, default=Path(__file__).parent / "results", help="a folder")
     add("--add", action="store_true", help="keep what other suites have written there before")
+    add("--long", action="store_true", help="also compile AdamW on 2,000 leaves: many minutes")
     add("--quick", action="store_true", help="a tiny set, no compiler: only to see that it runs")
     add("--here", action="store_true", help="run in this process: for a debugger")
     options = parser.parse_args(argv)
@@ -68,6 +69,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         block_size=16 if quick else options.block_size,
         device=options.device,
         quick=quick,
+        long=options.long,
         peers=None if options.peers is None else tuple(options.peers),
     )
 

@@ -26,14 +26,14 @@ class Problem:
     """A parameter set, a pool of gradients, and the block size of Shampoo.
 
     grads are the buffers that every optimizer reads; `refill` writes those of a step into them.
-    backend: what compiles our steps.
+    backend: what compiles our steps; None leaves them donated and eager.
     """
 
     params: dict[str, Tensor]
     pool: tuple[dict[str, Tensor], ...]
     grads: dict[str, Tensor]
     block_size: int
-    backend: str = "inductor"
+    backend: str | None = "inductor"
 
     @classmethod
     def of(cls, name: str, settings: Settings) -> Problem:
@@ -42,7 +42,7 @@ class Problem:
 
     @classmethod
     def of_shapes(
-        cls, shapes: Shapes, block_size: int, device: str, backend: str = "inductor"
+        cls, shapes: Shapes, block_size: int, device: str, backend: str | None = "inductor"
     ) -> Problem:
         """Return the problem of parameters of these shapes."""
         params = fill(shapes, device)

@@ -41,7 +41,8 @@ class Settings:
     """What a run of the suites is told.
 
     seconds: after so long a unit begins no new round. quick: only see that everything runs;
-    nothing that is measured then means anything. peers: which to run, None for all.
+    nothing that is measured then means anything. long: also what takes very long to compile.
+    peers: which to run, None for all.
     """
 
     rounds: int = 15
@@ -49,12 +50,13 @@ class Settings:
     block_size: int = 256
     device: str = "cpu"
     quick: bool = False
+    long: bool = False
     peers: tuple[str, ...] | None = None
 
     @property
-    def backend(self) -> str:
-        """What compiles: Inductor, or for a quick look nothing after the tracing."""
-        return "eager" if self.quick else "inductor"
+    def backend(self) -> str | None:
+        """What compiles: Inductor, or for a quick look nothing."""
+        return None if self.quick else "inductor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

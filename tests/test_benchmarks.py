@@ -29,8 +29,8 @@ from benchmarks.timing import Job, by_clock, interleave
 from shampoo_func import tree
 
 QUICK = Settings(rounds=2, block_size=16, quick=True)
-# these start Python anew, or trace many graphs
-SLOW = {"compile", "imports", "memory", "peers", "staggered", "steps"}
+# these start Python anew
+SLOW = {"compile", "imports"}
 
 WHAT: dict[str, set[str]] = {
     "imports": {"import torch", "import shampoo_func, beyond torch"},
@@ -102,7 +102,6 @@ def test_quick_run_of_a_suite(
         assert all(name in text for name in WHAT[suite])
 
 
-@pytest.mark.slow
 def test_peers_are_interleaved_or_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that is there is timed and compared, one that fails or is absent says why."""
     (tmp_path / "soap.py").write_text(FAKE_SOAP)
@@ -143,6 +142,7 @@ def test_what_dies_is_reported() -> None:
     assert failed.error == "KeyError: 'no such set'"
 
 
+@pytest.mark.slow
 def test_results_come_back_from_another_process() -> None:
     """A unit in a process of its own has the results of one in this."""
     apart = results_apart(QUICK, Unit(suite="growth"))

@@ -25,37 +25,39 @@ RATIOS = (
         limits={None: 1.25},
     ),
 )
-MANY_RATIOS = (
+MANY_RATIOS = tuple(
     Ratio(
-        ours=("adamw-compiled", "plain"),
+        ours=(case, "plain"),
         theirs=("torch-adamw-foreach", "plain"),
         set="many",
         limits={None: 1.5},
-    ),
+    )
+    for case in ("adamw-eager", "adamw-compiled")
 )
 
 
-def cases_of(problem: Problem) -> list[str]:
+def cases_of(problem: Problem, settings: Settings) -> list[str]:
     """Return the names of what is timed: on large sets and on many leaves less than all."""
     names = list(CASES)
     if problem.numbers > LARGE:
         names = list(LARGE_CASES)
     if len(problem.params) > 1000:
-        names = list(SMALL_LEAVES_CASES)
+        names = [*SMALL_LEAVES_CASES, *(["adamw-compiled"] if settings.long else [])]
     return names
 
 
 def run(settings: Settings, unit: Unit) -> Iterator[Result]:
     """Time every case, interleaved."""
     problem = Problem.of(unit.set, settings)
-    names = cases_of(problem)
+    names = cases_of(problem, settings)
     jobs = [job for name in names for job in CASES[name](problem).jobs]
     clock, timer = timer_for(settings.device, unit.threads)
     measured = interleave(jobs, settings.rounds, timer, seconds=settings.seconds)
     yield from step_results(unit, clock, measured)
     steps = Steps.of(measured)
+    reasons = {"adamw-compiled": "it takes many minutes to compile; --long does it"}
     for ratio in MANY_RATIOS if unit.set == "many" else RATIOS:
-        yield ratio.result(steps, settings, unit, {})
+        yield ratio.result(steps, settings, unit, reasons)
 
 
 SUITE = Suite(
