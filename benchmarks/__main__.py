@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -98,6 +99,9 @@ def _progress(unit: Unit, results: Sequence[Result], seconds: float) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _arguments(argv)
+    if not options.here:
+        # as an exception, so that the process of the running unit is ended too
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     settings, units = _settings(options), _units(options)
     machine = {**describe(options.device), "block_size": settings.block_size}
     stem = options.output / ("quick" if options.quick else slug(machine["machine"]))

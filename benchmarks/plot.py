@@ -14,7 +14,7 @@ __all__ = ["draw"]
 
 OURS, OTHERS, OVER = "#1f6fb4", "#a0a8b0", "#c44e52"
 MINE = ("shampoo-", "soap-compiled", "adamw-")
-MEAN = ": mean, every 10"
+MEAN = "mean, every 10"
 
 
 def draw(results: Sequence[Result], machine: dict[str, Any], path: Path) -> bool:
@@ -55,8 +55,8 @@ def draw(results: Sequence[Result], machine: dict[str, Any], path: Path) -> bool
 def _mean_steps(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     """Return, by set and threads, the mean step of every optimizer, the fastest first.
 
-    The means are those of `peers`, or of `steps` where no peer was there. Optimizers whose steps
-    are all alike have their plain step.
+    What both suites time is shown as `peers` has it, next to the peers. Optimizers whose steps are
+    all alike have their plain step.
     """
     groups: dict[str, dict[str, float]] = {}
     for suite in ("steps", "peers"):
@@ -66,10 +66,9 @@ def _mean_steps(results: Sequence[Result]) -> dict[str, dict[str, float]]:
             title = f"{result.set}, {result.threads} thread(s)"
             case, _, kind = result.name.partition(": ")
             group = groups.setdefault(title, {})
-            if kind == MEAN.removeprefix(": "):
+            # the plain step comes first in the results, and the mean replaces it
+            if kind in ("plain", MEAN):
                 group[case] = result.value
-            elif kind == "plain" and not case.startswith("train-"):
-                group.setdefault(case, result.value)
     return {
         title: dict(sorted(group.items(), key=lambda item: item[1]))
         for title, group in groups.items()
