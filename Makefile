@@ -10,7 +10,7 @@ help:
 	@echo "make demo   train a small language model with AdamW and Shampoo; table, plot, JSON in runs/lm"
 	@echo "make test   the whole test suite (slow jobs too)"
 	@echo "make lint   ruff: style and format   make type   mypy --strict"
-	@echo "make bench  step times against torch.optim and the matmul floor"
+	@echo "make bench  the benchmark suites: table, JSON and chart in benchmarks/results; ARGS=--help"
 	@echo "make bench-solvers  error and time of every inverse root solver, into benchmarks/results"
 	@echo "make bench-bytes  what Shampoo's state takes in every storage, into benchmarks/results"
 	@echo "make docs   the documentation site, into site/"
@@ -52,7 +52,7 @@ format: $(VENV)/dev
 type: $(VENV)/dev
 	$(BIN)/mypy
 
-bench: $(VENV)/base
+bench: $(VENV)/demo
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-solvers: $(VENV)/base

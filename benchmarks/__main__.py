@@ -1,27 +1,25 @@
-"""Time optimizer steps on a CPU: a table on the screen, and JSON if asked for."""
+"""Run the benchmarks: `python -m benchmarks --help`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import shampoo_func as sf
-from benchmarks.cases import CASES, Problem
+from benchmarks.machine import describe, slug
+from benchmarks.output import read, shown, tables, write
+from benchmarks.peers import PEERS
+from benchmarks.record import Result, Settings, Unit
+from benchmarks.runner import results_apart, results_here
 from benchmarks.sets import SETS
-from benchmarks.timing import Measurement, interleave
+from benchmarks.suites import SUITES
 
 __all__ = ["main"]
-
-AMORTISED = (1, 10, 50)
-"""Updates per refresh for which a mean step is given."""
 
 
 def _positive(text: str) -> int:
@@ -32,115 +30,96 @@ def _positive(text: str) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    about = "\n".join(f"  {suite.name:<12} {suite.about}" for suite in SUITES.values())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time optimizer steps: ours, torch.optim's, and the matmul floor. All cases "
-        "run interleaved in one process; read ratios of medians, not milliseconds.",
+        description="Time our optimizers next to torch.optim's, the matmul floor, and other "
+        "libraries' where they are installed. Everything of a suite runs interleaved in one "
+        "process; read ratios of medians, not milliseconds.",
+        epilog=f"suites:\n{about}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--set", choices=SETS, default="gpt", help="parameters (default: gpt)")
-    parser.add_argument("--threads", type=_positive, default=1, help="torch threads (default: 1)")
-    parser.add_argument("--rounds", type=_positive, default=15, help="timed rounds (default: 15)")
-    parser.add_argument(
-        "--block-size", type=_positive, default=256, help="Shampoo's blocks (default: 256)"
+    add = parser.add_argument
+    add("suites", nargs="*", metavar="SUITE", help="which suites (default: all)")
+    add("--threads", type=_positive, nargs="+", default=[1, 2], help="default: 1 2; CPU only")
+    add("--sets", nargs="+", choices=SETS, help="parameter sets (default: those of the suite)")
+    add("--rounds", type=_positive, default=15, help="most timed rounds (default: 15)")
+    add("--seconds", type=float, default=60.0, help="no new round after so long (default: 60)")
+    add("--block-size", type=_positive, default=256, help="Shampoo's blocks (default: 256)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add("--peers", nargs="*", choices=PEERS, help="which peers; none if empty (default: all)")
+    add("--output", type=Path, default=Path(__file__).parent / "results", help="a folder")
+    add("--add", action="store_true", help="keep what other suites have written there before")
+    add("--long", action="store_true", help="also compile AdamW on 2,000 leaves: many minutes")
+    add("--quick", action="store_true", help="a tiny set, no compiler: only to see that it runs")
+    add("--here", action="store_true", help="run in this process: for a debugger")
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none")
+    return options
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    quick = options.quick
+    return Settings(
+        rounds=2 if quick else options.rounds,
+        seconds=options.seconds,
+        block_size=16 if quick else options.block_size,
+        device=options.device,
+        quick=quick,
+        long=options.long,
+        peers=None if options.peers is None else tuple(options.peers),
     )
-    parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases (default: all)"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all samples to this file")
-    return parser.parse_args(argv)
 
 
-def _clock(threads: int) -> tuple[str, Callable[[], float]]:
-    """Return CPU time for one thread, which neighbours disturb less, else wall time."""
-    if threads == 1:
-        return "CPU time of the thread", time.thread_time
-    return "wall time", time.perf_counter
+def _units(options: argparse.Namespace) -> list[Unit]:
+    """Return what is run, in order. On a GPU threads do not matter."""
+    names = options.suites or list(SUITES)
+    threads = options.threads[:1] if options.device == "cuda" or options.quick else options.threads
+    sets = ["tiny"] if options.quick else options.sets
+    return [unit for name in names for unit in SUITES[name].units(sets, threads)]
 
 
-def _amortised(measured: Sequence[Measurement]) -> dict[str, dict[int, float]]:
-    """Return, per case that refreshes, the mean step in seconds by updates per refresh."""
-    medians = {(m.job.case, m.job.step): m.median for m in measured}
-    means: dict[str, dict[int, float]] = {}
-    for (case, step), refresh in medians.items():
-        if step == "refresh":
-            plain = medians[case, "plain"]
-            means[case] = {every: plain + (refresh - plain) / every for every in AMORTISED}
-    return means
-
-
-def _report(arguments: argparse.Namespace, measured: Sequence[Measurement]) -> dict[str, Any]:
-    """Return everything that was measured, for JSON."""
-    return {
-        "set": arguments.set,
-        "block_size": arguments.block_size,
-        "rounds": arguments.rounds,
-        "threads": arguments.threads,
-        "clock": _clock(arguments.threads)[0],
-        "versions": {
-            "shampoo_func": sf.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": f"{platform.system()} {platform.machine()}",
-        "steps": [
-            {
-                "case": m.job.case,
-                "step": m.job.step,
-                "median_ms": 1e3 * m.median,
-                "first_call_s": m.first,
-                "samples_ms": [1e3 * sample for sample in m.samples],
-            }
-            for m in measured
-        ],
-        "amortised_ms": {
-            case: {str(every): 1e3 * mean for every, mean in means.items()}
-            for case, means in _amortised(measured).items()
-        },
-    }
-
-
-def _table(measured: Sequence[Measurement]) -> str:
-    """Return the table: medians, and their ratios to fused AdamW and to the floor."""
-    medians = {(m.job.case, m.job.step): m.median for m in measured}
-    references = [
-        medians.get(("torch-adamw-fused", "plain")),
-        medians.get(("floor-4-bmm", "plain")),
-    ]
-
-    def row(case: str, step: str, seconds: float, first: str) -> str:
-        ratios = "".join(f"{seconds / r:>10.2f}" if r else f"{'-':>10}" for r in references)
-        return f"{case:<20} {step:<14}{1e3 * seconds:>10.2f}{ratios}{first:>12}"
-
-    lines = [f"{'case':<20} {'step':<14}{'ms':>10}{'x fused':>10}{'x floor':>10}{'first, s':>12}"]
-    lines.append("-" * len(lines[0]))
-    lines += [row(m.job.case, m.job.step, m.median, f"{m.first:.2f}") for m in measured]
-    for case, means in _amortised(measured).items():
-        lines += [row(case, f"mean, every {k}", mean, "") for k, mean in means.items()]
-    return "\n".join(lines)
+def _progress(unit: Unit, results: Sequence[Result], seconds: float) -> None:
+    """Print the targets and failures of a unit as soon as it is over."""
+    where = f"{unit.suite} {unit.set}".strip()
+    print(f"{where}, {unit.threads} thread(s): {len(results)} results in {seconds:.0f} s")
+    for result in results:
+        if result.error:
+            print(f"  {result.name}: {result.error}")
+        elif result.target is not None:
+            verdict = "met" if result.met else "NOT met"
+            print(f"  {result.name}: {shown(result)}, at most {result.target:g}: {verdict}")
+    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    arguments = _arguments(argv)
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
-        problem = Problem.of(arguments.set, arguments.block_size)
-        jobs = [job for name in arguments.cases for job in CASES[name](problem)]
-        measured = interleave(jobs, arguments.rounds, _clock(arguments.threads)[1])
-    finally:
-        torch.set_num_threads(before)
-    report = _report(arguments, measured)
-    numbers = sum(leaf.numel() for leaf in problem.params.values())
-    print(
-        f"set {arguments.set}: {numbers:,} numbers in {len(problem.params)} parameters; blocks of "
-        f"{arguments.block_size}\n{report['clock']}, {arguments.threads} thread(s), medians of "
-        f"{arguments.rounds} interleaved rounds; torch {torch.__version__}\n"
-    )
-    print(_table(measured))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    options = _arguments(argv)
+    if not options.here:
+        # as an exception, so that the process of the running unit is ended too
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    settings, units = _settings(options), _units(options)
+    machine = {**describe(options.device), "block_size": settings.block_size}
+    stem = options.output / ("quick" if options.quick else slug(machine["machine"]))
+    results: list[Result] = []
+    if options.add and stem.with_suffix(".json").exists():
+        again = {unit.suite for unit in units}
+        results = [r for r in read(stem.with_suffix(".json")) if r.suite not in again]
+    written: list[str] = []
+    for unit in units:
+        begin = time.perf_counter()
+        run = results_here if options.here else results_apart
+        new = list(run(settings, unit))
+        _progress(unit, new, time.perf_counter() - begin)
+        results += new
+        written = write(results, machine, stem)
+    print(f"\n{tables(results, machine)}")
+    print("\n".join(written))
+    return int(any(result.name == "the suite" for result in results))
 
 
 if __name__ == "__main__":

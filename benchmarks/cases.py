@@ -1,4 +1,4 @@
-"""What is timed: steps of ours, eager and compiled, steps of torch.optim, and the floor."""
+"""What is timed of ours and of torch.optim, and the floor; `benchmarks.peers` has the rest."""
 
 from __future__ import annotations
 
@@ -7,57 +7,48 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import shampoo_func as sf
-from benchmarks.sets import SETS, random_like
+from benchmarks.problem import Case, Problem, optimizer_case
 from benchmarks.timing import Job
 from shampoo_func.blocks import gather
 
-__all__ = ["CASES", "Problem", "shampoo"]
+__all__ = [
+    "CASES",
+    "LARGE_CASES",
+    "PERIOD",
+    "SMALL_LEAVES_CASES",
+    "Run",
+    "adamw",
+    "ours",
+    "shampoo",
+    "soap",
+]
 
-DIFFERENT_GRADIENTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A parameter set, its gradients in turn, and the block size of Shampoo."""
-
-    params: dict[str, Tensor]
-    gradients: tuple[dict[str, Tensor], ...]
-    block_size: int
-
-    @classmethod
-    def of(cls, name: str, block_size: int) -> Problem:
-        """Return the problem of the set of that name."""
-        params = SETS[name]()
-        gradients = tuple(random_like(params, seed) for seed in range(DIFFERENT_GRADIENTS))
-        return cls(params, gradients, block_size)
-
-    def gradient(self, number: int) -> dict[str, Tensor]:
-        """Return the gradients of one step."""
-        return self.gradients[number % len(self.gradients)]
-
-    def copy(self) -> dict[str, Tensor]:
-        """Return parameters of one's own."""
-        return {name: leaf.clone() for name, leaf in self.params.items()}
+PERIOD = 10
 
 
-def shampoo(problem: Problem) -> sf.Transformation:
-    """Return the Shampoo that is timed: Adam grafting, decay, eigendecomposition in float32."""
+def shampoo(block_size: int, policy: Any = None) -> sf.Transformation:
+    """Return the Shampoo that is timed: Adam grafting, decay, the default root solver."""
     return sf.shampoo(
         1e-3,
         beta1=0.9,
         beta2=0.99,
         epsilon=1e-8,
         weight_decay=0.01,
-        block_size=problem.block_size,
-        refresh_every=10,
+        block_size=block_size,
+        refresh_every=PERIOD,
+        policy=policy,
     )
 
 
-def adamw(problem: Problem) -> sf.Transformation:
-    """Return the AdamW that is timed."""
+def soap(block_size: int) -> sf.Transformation:
+    """Return the SOAP that is timed: the defaults, that is those of SOAP's own code, in blocks."""
+    return sf.soap(3e-3, block_size=block_size, refresh_every=PERIOD)
+
+
+def adamw(block_size: int) -> sf.Transformation:
+    """Return the AdamW that is timed; it has no blocks."""
     return sf.adamw(1e-3, weight_decay=0.01)
 
 
@@ -79,68 +70,75 @@ class Run:
             return sf.apply_updates(params, updates), state
 
         own = problem.copy()
-        chosen = torch.compile(sf.donate(step), fullgraph=True) if compiled else step
+        chosen: Callable[..., tuple[Any, Any]] = step
+        if compiled:
+            chosen = sf.donate(step)
+        if compiled and problem.backend is not None:
+            chosen = torch.compile(chosen, fullgraph=True, backend=problem.backend)
         return cls(problem, chosen, own, tx.init(own))
 
-    def advance(self, number: int, **extra: Any) -> None:
+    def advance(self, **extra: Any) -> None:
         """Take one step."""
-        grads = self.problem.gradient(number)
-        self.params, self.state = self.step(self.params, self.state, grads, **extra)
+        self.params, self.state = self.step(self.params, self.state, self.problem.grads, **extra)
 
 
-def _shampoo_jobs(case: str, problem: Problem, *, compiled: bool) -> list[Job]:
-    run = Run.of(problem, shampoo(problem), compiled=compiled)
+def ours(name: str, problem: Problem, tx: sf.Transformation, *, compiled: bool) -> Case:
+    """Return the case of a transformation of ours."""
+    run = Run.of(problem, tx, compiled=compiled)
+
+    def job(step: str, **static: Any) -> Job:
+        return Job(name, step, lambda number: run.advance(**static), problem.refill)
+
+    if not tx.refresh_policies:
+        # nothing in AdamW is refreshed, so no branch on it need be compiled either
+        static = {"refresh": False} if "refresh" in tx.extras else {}
+        return Case([job("plain", **static)], lambda: run.state)
     # the refresh is the first to run, so that plain steps have roots to apply
-    return [
-        Job(case, "refresh", lambda number: run.advance(number, refresh=True)),
-        Job(case, "plain", lambda number: run.advance(number, refresh=False)),
-    ]
+    jobs = [job("refresh", refresh=True), job("plain", refresh=False)]
+    return Case(jobs, lambda: run.state)
 
 
-def shampoo_compiled(problem: Problem) -> list[Job]:
-    """Time our Shampoo, compiled and donated."""
-    return _shampoo_jobs("shampoo-compiled", problem, compiled=True)
+def _ours(
+    name: str, recipe: Callable[[int], sf.Transformation], compiled: bool
+) -> Callable[[Problem], Case]:
+    return lambda problem: ours(name, problem, recipe(problem.block_size), compiled=compiled)
 
 
-def shampoo_eager(problem: Problem) -> list[Job]:
-    """Time our Shampoo, eager and out of place."""
-    return _shampoo_jobs("shampoo-eager", problem, compiled=False)
-
-
-def adamw_compiled(problem: Problem) -> list[Job]:
-    """Time our AdamW, compiled and donated."""
-    tx = adamw(problem)
-    run = Run.of(problem, tx, compiled=True)
-    # nothing in AdamW is refreshed, so no branch on it need be compiled either
-    static = {"refresh": False} if "refresh" in tx.extras else {}
-    return [Job("adamw-compiled", "plain", lambda number: run.advance(number, **static))]
-
-
-def _torch_adamw(case: str, problem: Problem, *, fused: bool) -> list[Job]:
-    params = {name: leaf.requires_grad_() for name, leaf in problem.copy().items()}
-    optimizer = torch.optim.AdamW(
-        params.values(), lr=1e-3, weight_decay=0.01, fused=fused, foreach=not fused
+def _torch_adamw(name: str, fused: bool) -> Callable[[Problem], Case]:
+    return lambda problem: optimizer_case(
+        name,
+        problem,
+        lambda params: torch.optim.AdamW(
+            params, lr=1e-3, weight_decay=0.01, fused=fused, foreach=not fused
+        ),
     )
 
-    def run(number: int) -> None:
-        for name, grad in problem.gradient(number).items():
-            params[name].grad = grad
-        optimizer.step()
 
-    return [Job(case, "plain", run)]
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices and its fused AdamW for everything else, as it is used."""
+
+    def __init__(self, params: list[torch.Tensor]) -> None:
+        super().__init__(params, {})
+        matrices = [leaf for leaf in params if leaf.ndim == 2]
+        rest = [leaf for leaf in params if leaf.ndim != 2]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01))
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.01, fused=True))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step of both."""
+        for part in self.parts:
+            part.step()
 
 
-def torch_fused(problem: Problem) -> list[Job]:
-    """Time torch.optim.AdamW, fused."""
-    return _torch_adamw("torch-adamw-fused", problem, fused=True)
+def torch_muon(problem: Problem) -> Case:
+    """Time torch.optim.Muon with fused AdamW for what is no matrix."""
+    return optimizer_case("torch-muon", problem, MuonAndAdamW)
 
 
-def torch_foreach(problem: Problem) -> list[Job]:
-    """Time torch.optim.AdamW, foreach."""
-    return _torch_adamw("torch-adamw-foreach", problem, fused=False)
-
-
-def floor(problem: Problem) -> list[Job]:
+def floor(problem: Problem) -> Case:
     """Time the four products per matrix block that no plain Shampoo step can do without.
 
     They are G G^T and G^T G for the factors, and L G R for the direction, all batched and into
@@ -149,31 +147,40 @@ def floor(problem: Problem) -> list[Job]:
     plan = sf.blocked(sf.identity(), block_size=problem.block_size).plan(
         list(problem.params.values())
     )
-    matrices = [
-        [stack for stack in gather(plan, list(grads.values())).values() if stack.ndim == 3]
-        for grads in problem.gradients
+    stacks = [
+        stack for stack in gather(plan, list(problem.pool[0].values())).values() if stack.ndim == 3
     ]
     buffers = [
         (torch.empty_like(g @ g.mT), torch.empty_like(g.mT @ g), g.clone(), g.clone())
-        for g in matrices[0]
+        for g in stacks
     ]
 
     def run(number: int) -> None:
-        stacks = matrices[number % len(matrices)]
         for g, (left, right, half, whole) in zip(stacks, buffers, strict=True):
             torch.bmm(g, g.mT, out=left)
             torch.bmm(g.mT, g, out=right)
             torch.bmm(left, g, out=half)
             torch.bmm(half, right, out=whole)
 
-    return [Job("floor-4-bmm", "plain", run)]
+    return Case([Job("floor-4-bmm", "plain", run)], lambda: buffers)
 
 
-CASES: dict[str, Callable[[Problem], list[Job]]] = {
+CASES: dict[str, Callable[[Problem], Case]] = {
     "floor-4-bmm": floor,
-    "shampoo-compiled": shampoo_compiled,
-    "shampoo-eager": shampoo_eager,
-    "adamw-compiled": adamw_compiled,
-    "torch-adamw-fused": torch_fused,
-    "torch-adamw-foreach": torch_foreach,
+    "shampoo-compiled": _ours("shampoo-compiled", shampoo, True),
+    "shampoo-eager": _ours("shampoo-eager", shampoo, False),
+    "soap-compiled": _ours("soap-compiled", soap, True),
+    "adamw-compiled": _ours("adamw-compiled", adamw, True),
+    "adamw-eager": _ours("adamw-eager", adamw, False),
+    "torch-adamw-fused": _torch_adamw("torch-adamw-fused", True),
+    "torch-adamw-foreach": _torch_adamw("torch-adamw-foreach", False),
+    "torch-muon": torch_muon,
 }
+
+LARGE_CASES = tuple(
+    name for name in CASES if name not in ("shampoo-eager", "soap-compiled", "adamw-eager")
+)
+"""What is timed on large sets."""
+
+SMALL_LEAVES_CASES = ("adamw-eager", "torch-adamw-fused", "torch-adamw-foreach")
+"""What is timed on a tree of thousands of leaves, which compiles for many minutes."""

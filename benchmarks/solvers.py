@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import shampoo_func as sf
-from benchmarks.timing import Job, interleave
+from benchmarks.timing import Job, by_clock, interleave
 
 __all__ = ["CASES", "SOLVERS", "main"]
 
@@ -164,7 +164,9 @@ def times(sizes: Sequence[int], rounds: int | None = None) -> list[dict[str, Any
                     return solver(stack, p)
 
                 jobs.append(Job(name, "", solve))
-            unit, *measured = interleave(jobs, rounds or usual, time.thread_time, warmup=1)
+            unit, *measured = interleave(
+                jobs, rounds or usual, by_clock(time.thread_time), warmup=1
+            )
             rows += [
                 {
                     "n": size,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import shampoo_func as sf
-from benchmarks.sets import SETS
+from benchmarks.sets import SETS, fill
 
 __all__ = ["COUNTED", "STORAGES", "main", "measured"]
 
@@ -50,7 +50,7 @@ def measured(set_name: str, block_size: int) -> dict[str, Any]:
 
     The states are made on the device "meta", which has shapes and dtypes and no data.
     """
-    params = {name: leaf.to("meta") for name, leaf in SETS[set_name]().items()}
+    params = fill(SETS[set_name](), "meta")
     states = {}
     for name, storage in STORAGES.items():
         tx = sf.shampoo(
