@@ -5,17 +5,22 @@ This module is the only one that calls any while stepping. Each waits for its re
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed._functional_collectives  # registers the operators
 from torch import Tensor
 
 from shampoo_func.errors import PeerError
 
-__all__ = ["all_gather", "all_max", "all_to_all", "reduce_scatter"]
+__all__ = ["all_gather", "all_max", "all_to_all", "reduce_scatter", "register"]
 
 _OPS = torch.ops._c10d_functional
+
+
+def register() -> None:
+    """Tell the compiler about the operators: done before the first, as it imports much of torch."""
+    importlib.import_module("torch.distributed._functional_collectives")
 
 
 def _waited(call: Callable[[], Tensor]) -> Tensor:

@@ -17,6 +17,8 @@ from shampoo_func.errors import (
     check_choice,
     check_dtype,
 )
+from shampoo_func.linalg import constant_result
+from shampoo_func.sharding import collectives
 from shampoo_func.sharding.check import agree
 from shampoo_func.sharding.costs import Cost, cubic_cost
 from shampoo_func.sharding.exchange import Exchange, Request
@@ -133,7 +135,7 @@ def _plan(own: Sharding, cut: Cut) -> ShardPlan:
     )
 
 
-@torch.compiler.assume_constant_result  # a traced call is planned once, on the host
+@constant_result  # a traced call is planned once, on the host
 def exchange_of(
     own: Sharding,
     paths: tuple[str, ...],
@@ -200,6 +202,7 @@ def sharding(
         HyperparameterError: If an argument is of the wrong kind.
         ShardingError: If this rank is not in the mesh.
     """
+    collectives.register()
     if not isinstance(mesh, DeviceMesh):
         raise HyperparameterError(
             f"mesh must be a DeviceMesh (torch.distributed.device_mesh.init_device_mesh), got "
