@@ -60,6 +60,7 @@ from shampoo_func.sharding import (
     byte_cost,
     cubic_cost,
     reduce_scatter,
+    refresh_sharded,
     shard_local,
 )
 from shampoo_func.torch_optim import ShampooOptimizer, as_optimizer
@@ -188,6 +189,7 @@ __all__ = [
     "quantized",
     "reduce_scatter",
     "refresh_due",
+    "refresh_sharded",
     "rmsprop",
     "scalar_second_moment",
     "scale",

@@ -46,7 +46,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """See `sharding`. group: the process group's name. ranks: the global ranks in it."""
+    """See `sharding`.
+
+    group: the process group's name. ranks: the global ranks in it. rank: this one's place there.
+    """
 
     mesh: DeviceMesh
     transport: Transport
@@ -55,11 +58,7 @@ class Sharding:
     communication_dtype: torch.dtype | None
     group: str
     ranks: tuple[int, ...]
-
-    @property
-    def rank(self) -> int:
-        """This rank's place among those that share the blocks."""
-        return self.ranks.index(dist.get_rank())
+    rank: int
 
     def plan(self, cut: Cut) -> ShardPlan:
         """Plan blocks and owners."""
@@ -86,6 +85,11 @@ class Sharding:
             kinds,
             present,
         )
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks have; every rank must call it."""
+        device = torch.device(self.mesh.device_type)
+        return int(collectives.all_max(torch.tensor(number, device=device), self.group))
 
     def check(self, cut: Cut, kinds: tuple[Kind, ...], inner: str) -> None:
         """Check, together with all ranks, that they plan the same.
@@ -225,7 +229,16 @@ def sharding(
         )
     group = _group_of(mesh)
     ranks = tuple(dist.get_process_group_ranks(group))
-    return Sharding(mesh, chosen, assignment, price, communication_dtype, group.group_name, ranks)
+    return Sharding(
+        mesh,
+        chosen,
+        assignment,
+        price,
+        communication_dtype,
+        group.group_name,
+        ranks,
+        ranks.index(dist.get_rank()),
+    )
 
 
 def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:

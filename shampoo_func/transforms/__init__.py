@@ -81,7 +81,7 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
-from shampoo_func.transforms.sharded import sharded, with_sharding
+from shampoo_func.transforms.sharded import sharded, shardings, with_sharding
 from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
@@ -159,6 +159,7 @@ __all__ = [
     "scale_by_shampoo",
     "schedule_free",
     "sharded",
+    "shardings",
     "staggered",
     "state_bytes",
     "state_report",
