@@ -49,7 +49,7 @@ def _rank(
     whole = {f"w{index}": torch.ones(96, 64) for index in range(4)}
     params: Any = {key: distribute_tensor(w, mesh, [STORAGES[storage]]) for key, w in whole.items()}
     state = tx.init(params)
-    updates, state = tx.update(params, state, params)
+    _, state = tx.update(params, state, params)
     if delay is not None:  # whatever it is doing then
         kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
         kill.start()
@@ -57,7 +57,7 @@ def _rank(
     while True:
         before = [leaf.clone() for leaf in sf.tree.leaves(state)]
         try:
-            updates, state = tx.update(params, state, params)
+            _, state = tx.update(params, state, params)
         except Exception as error:
             waited = time.perf_counter() - start
             pairs = zip(before, sf.tree.leaves(state), strict=True)
@@ -82,7 +82,7 @@ def trial(world: int, storage: str, delay: float) -> list[tuple[str, float, bool
             process.start()
             theirs.close()
             running.append((own, process))
-        for own, process in running[:-1]:
+        for own, _ in running[:-1]:
             seen = None
             if own.poll(60 + PATIENCE):
                 try:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 import shampoo_func as sf
-from benchmarks.sent import CountCollectives
 from shampoo_func import tree
+from shampoo_func.sharding import CountCollectives
 
 METHODS: dict[str, Any] = {
     "kronecker": lambda: sf.kronecker(0.9, root=sf.eigh_root(1e-3)),

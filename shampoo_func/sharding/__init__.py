@@ -3,6 +3,7 @@
 from shampoo_func.sharding.batched import check_not_batched
 from shampoo_func.sharding.check import check_plan
 from shampoo_func.sharding.costs import Cost, byte_cost, cubic_cost
+from shampoo_func.sharding.counting import CountCollectives
 from shampoo_func.sharding.dtensors import as_local, kinds_of, stored_like, whole_norms, wrapped
 from shampoo_func.sharding.exchange import Exchange, Here, LocalExchange, Request
 from shampoo_func.sharding.plan import ShardPlan, balance, plan_shards
@@ -21,6 +22,7 @@ from shampoo_func.sharding.transports import (
 
 __all__ = [
     "Cost",
+    "CountCollectives",
     "Cut",
     "Exchange",
     "Here",

@@ -19,7 +19,7 @@ from shampoo_func.errors import (
 )
 from shampoo_func.linalg import constant_result
 from shampoo_func.sharding import collectives
-from shampoo_func.sharding.check import agree
+from shampoo_func.sharding.check import agree, check_started
 from shampoo_func.sharding.costs import Cost, cubic_cost
 from shampoo_func.sharding.exchange import Exchange, Request
 from shampoo_func.sharding.owners import ASSIGNMENTS
@@ -222,6 +222,7 @@ def sharding(
         raise HyperparameterError(f"cost must be a cost such as cubic_cost(), got {cost!r}.")
     check_choice("assignment", assignment, ASSIGNMENTS)
     check_dtype("communication_dtype", communication_dtype)
+    check_started()
     if mesh.get_coordinate() is None:
         raise ShardingError(
             f"rank {dist.get_rank()} is not in {mesh!r}; build the optimizer on its ranks only, or "
