@@ -36,7 +36,7 @@ def test_every_storage_on_eight_ranks() -> None:
     pool = workers.Pool(8, patience=120.0)
     try:
         for storage in cases.STORAGES:
-            answers = pool.run(cases.compare, storage, {})
+            answers = pool.run(cases.compare, storage, {}, seconds=300.0)
             assert max(shampoo for shampoo, _ in answers) < 1e-9, storage
             exact = 1e-12 if "partial" in storage else 0.0
             assert max(route for _, route in answers) <= exact, storage
