@@ -182,14 +182,6 @@ def test_whole_step_compiles_in_two_graphs(storage: str) -> None:
     assert {graphs for _, graphs in answers} == {2}
 
 
-@pytest.mark.slow
-def test_whole_step_compiles_with_inductor_and_is_donated() -> None:
-    """Real kernels around real collectives, written over parameters and state."""
-    answers = workers.pool(2).run(cases.compiled_and_donated, seconds=300.0)
-    assert max(error for error, _ in answers) < 1e-9
-    assert {graphs for _, graphs in answers} == {2}
-
-
 def test_vmap_is_refused() -> None:
     """Collectives under vmap would return wrong values."""
     answers = workers.pool(2).outcomes(cases.batched)
