@@ -21,34 +21,11 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.multiprocessing.spawn import spawn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import shampoo_func as sf
+from shampoo_func.sharding import CountCollectives
 
-__all__ = ["CountCollectives", "expected", "main"]
-
-
-class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts functional collectives, and the elements that this rank sends to others."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls = 0
-        self.sent = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name.startswith("_c10d_functional::") and "wait" not in name:
-            self.calls += 1
-            count = args[0].numel()
-            rank, world = dist.get_rank(), dist.get_world_size()
-            if "all_to_all" in name:
-                self.sent += count - args[2][rank]
-            elif "all_gather" in name:
-                self.sent += count * (world - 1)
-            elif "reduce_scatter" in name:
-                self.sent += count // world * (world - 1)
-        return func(*args, **(kwargs or {}))
+__all__ = ["expected", "main"]
 
 
 STORAGES: dict[str, tuple[int, list[Placement], list[Placement]]] = {

@@ -9,6 +9,7 @@ the same one, to rounding; a checkpoint of one can be resumed by any other.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import shampoo_func as sf
+from shampoo_func.sharding import CountCollectives, as_local
 
 MODES = ("ddp", "fsdp2", "hsdp", "fsdp2-tp")
 
@@ -52,9 +54,13 @@ def main() -> None:
         sf.shampoo(options.learning_rate, weight_decay=0.1, block_size=256, grafting="adam"),
         mesh,
     )
-    state, first = _load(options, tx, params) if options.resume else (tx.init(params), 1)
+    optimizer = sf.as_optimizer(_named(model), tx) if options.shell else None
+    state, first = (None if optimizer else tx.init(params)), 1
+    if options.resume:
+        state, first = _load(options, tx, params)
     saving: Future[Path] | None = None
     corpus = load_corpus()
+    sent = CountCollectives()
     start = time.perf_counter()
     for step in range(first, options.steps + 1):
         windows = training_batch(
@@ -63,13 +69,11 @@ def main() -> None:
         share = windows.chunk(data.size())[data.get_local_rank()].to(device)
         loss = _loss(model, share)
         loss.backward()  # type: ignore[no-untyped-call]
-        params = _params(model)
-        grads = {name: weight.grad for name, weight in _named(model)}
-        refresh = sf.refresh_due(tx, step)
-        updates, state = tx.update(grads, state, params, refresh=refresh)
-        with torch.no_grad():
-            for name, weight in params.items():
-                weight.add_(updates[name])
+        with sent if step > first else contextlib.nullcontext():  # the first call checks plans
+            if optimizer:
+                optimizer.step()
+            else:
+                state = _step(tx, state, model, step)
         model.zero_grad()
         if options.checkpoint and (step % options.save_every == 0 or step == options.steps):
             path = sf.checkpoint_path(options.checkpoint, step)
@@ -83,8 +87,24 @@ def main() -> None:
         losses = [
             _loss(model, own.to(device)) for own in validation_batches(corpus, config.context)
         ]
-    _report(state, seconds, torch.stack(losses).mean())
+    held = sf.tree.leaves([*optimizer.state.values()] if optimizer else state)
+    blocks = sf.state_report(tx, _params(model)).blocks[dist.get_rank()]
+    steps = options.steps - first + 1
+    _report(held, blocks, sent.bytes / max(steps - 1, 1), seconds / steps)
+    if dist.get_rank() == 0:
+        print(f"validation loss {torch.stack(losses).mean().item():.4f}")
     dist.destroy_process_group()
+
+
+def _step(tx: sf.Transformation, state: Any, model: nn.Module, step: int) -> Any:
+    """Update the weights in place, and return the next state."""
+    params = _params(model)
+    grads = {name: weight.grad for name, weight in _named(model)}
+    updates, state = tx.update(grads, state, params, refresh=sf.refresh_due(tx, step))
+    with torch.no_grad():
+        for name, weight in params.items():
+            weight.add_(updates[name])
+    return state
 
 
 def _meshes(mode: str, device: torch.device) -> tuple[DeviceMesh, DeviceMesh]:
@@ -143,16 +163,17 @@ def _load(
     return loaded.state, loaded.extra["step"] + 1
 
 
-def _report(state: Any, seconds: float, loss: Tensor) -> None:
-    """Print what every rank has."""
-    leaves = sf.tree.leaves(state)
-    held = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    line = f"rank {dist.get_rank()}: {held / 2**20:.2f} MiB of state, {seconds:.1f} s"
+def _report(held: list[Tensor], blocks: int, sent: float, seconds: float) -> None:
+    """Print what every rank has and does: a line each."""
+    size = sum(as_local(leaf).nbytes for leaf in held) / 2**20
+    line = (
+        f"{dist.get_rank():4d}  {size:12.2f}  {blocks:6d}  {sent / 2**20:13.2f}  "
+        f"{1e3 * seconds:11.1f}"
+    )
     lines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, line)
     if dist.get_rank() == 0:
-        print("\n".join(lines))
-        print(f"validation loss {loss.item():.4f}")
+        print("rank  MiB of state  blocks  MiB sent/step  ms per step", *lines, sep="\n")
 
 
 def _parse() -> argparse.Namespace:
@@ -166,9 +187,12 @@ def _parse() -> argparse.Namespace:
     parse.add_argument("--checkpoint", type=Path, help="folder of checkpoints, one per step")
     parse.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parse.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    parse.add_argument("--shell", action="store_true", help="step by a torch.optim optimizer")
     options = parse.parse_args()
     if options.resume and not options.checkpoint:
         parse.error("--resume needs --checkpoint")
+    if options.shell and options.checkpoint:
+        parse.error("--checkpoint saves the state of a transformation; leave out --shell")
     if options.checkpoint and not options.resume and sf.latest_checkpoint(options.checkpoint):
         parse.error(f"{options.checkpoint} has checkpoints; give --resume, or another folder")
     return options

@@ -68,6 +68,7 @@ from shampoo_func.sharding import (
     byte_cost,
     cubic_cost,
     reduce_scatter,
+    refresh_sharded,
     shard_local,
 )
 from shampoo_func.torch_optim import ShampooOptimizer, as_optimizer
@@ -80,6 +81,7 @@ from shampoo_func.transforms import (
     blocked,
     chain,
     check_failures,
+    check_masks,
     clip,
     clip_by_global_norm,
     constant_schedule,
@@ -149,6 +151,7 @@ __all__ = [
     "chain",
     "chebyshev_root",
     "check_failures",
+    "check_masks",
     "checkpoint_path",
     "cholesky_root",
     "clip",
@@ -199,6 +202,7 @@ __all__ = [
     "quantized",
     "reduce_scatter",
     "refresh_due",
+    "refresh_sharded",
     "rmsprop",
     "save_checkpoint",
     "save_checkpoint_async",

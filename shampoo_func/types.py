@@ -181,7 +181,10 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def refresh(self, state: Any) -> Any:
-        """Recompute what is derived from the statistics: dear, every few steps."""
+        """Recompute what is derived from the statistics: dear, every few steps.
+
+        The statistics themselves, leaves of the role "factor", stay as they are.
+        """
 
     def correct(self, state: Any, grads: torch.Tensor) -> Any:
         """Take a raw gradient into what is kept in the refreshed basis: every step."""

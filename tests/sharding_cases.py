@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +26,8 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import shampoo_func as sf
-from benchmarks.sent import CountCollectives
 from shampoo_func import tree
+from shampoo_func.sharding import CountCollectives
 
 Tensor = torch.Tensor
 Params = dict[str, Tensor]
@@ -57,6 +59,15 @@ STORAGES: dict[str, tuple[tuple[int, ...], list[Placement], list[Placement]]] = 
     ),
     "left_to_right": ((2, -1), [Shard(0), Shard(0)], [Shard(0), Shard(0)]),
 }
+
+
+def storage_of(name: str, world: int) -> tuple[tuple[int, ...], list[Placement], list[Placement]]:
+    """Return a storage; FSDP2's strides are as many as there are ranks in the other dimension."""
+    if name == "strided":
+        placements: list[Placement] = [_StridedShard(0, split_factor=world // 2), Shard(0)]
+        return (2, -1), placements, placements
+    return STORAGES[name]
+
 
 _MESHES: dict[tuple[tuple[int, ...], tuple[str, ...]], DeviceMesh] = {}
 
@@ -194,6 +205,18 @@ def difference(
     return worst
 
 
+@functools.lru_cache(maxsize=8)  # the same for every storage
+def alone(
+    make: Callable[[int], sf.Transformation],
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    steps: int,
+    block_size: int,
+) -> Params:
+    """Return the parameters of one process after some steps of `compare`."""
+    grads = [random_tree(dict(shapes), 1 + step) for step in range(steps)]
+    return train(make(block_size), random_tree(dict(shapes), 0), list(grads))[0]
+
+
 def compare(
     rank: int,
     world: int,
@@ -204,13 +227,13 @@ def compare(
     block_size: int = 4,
 ) -> tuple[float, float]:
     """Return how far Shampoo, and a mere route, are from one process after some steps."""
-    shape, own, grad = STORAGES[storage]
+    shape, own, grad = storage_of(storage, world)
     mesh = mesh_of(shape, world)
     params = random_tree(shapes, 0)
     grads = [random_tree(shapes, 1 + step) for step in range(steps)]
     worst = []
     for make in (grafted, elementwise):
-        wanted, _ = train(make(block_size), params, list(grads))
+        wanted = alone(make, tuple(shapes.items()), steps, block_size)
         found, _ = train(
             make(block_size, mesh=mesh, **options),
             {name: stored(leaf, mesh, own) for name, leaf in params.items()},
@@ -489,16 +512,16 @@ def lose_a_peer(rank: int, world: int, storage: str, how: str) -> tuple[str, flo
     params = {k: stored(v, mesh, own) for k, v in random_tree(SHAPES, 0).items()}
     grads = {k: stored(v, mesh, grad) for k, v in random_tree(SHAPES, 1).items()}
     state = tx.init(params)
-    _, state = tx.update(grads, state, params)
-    if rank == world - 1:
-        if how == "ends":
-            os._exit(1)
-        time.sleep(60)  # hangs for longer than the group has patience
-    before = sf.to_state_dict(tx, state, params)
     start = time.perf_counter()
+    before = sf.to_state_dict(tx, state, params)
     try:
-        for _ in range(3):
-            tx.update(grads, state, params)
+        for step in range(4):
+            if step == 1 and rank == world - 1:
+                if how == "ends":
+                    os._exit(1)
+                time.sleep(60)  # hangs for longer than the group has patience
+            _, state = tx.update(grads, state, params)
+            before, start = sf.to_state_dict(tx, state, params), time.perf_counter()
     except sf.ShampooFuncError as error:
         waited = time.perf_counter() - start
         after = sf.to_state_dict(tx, state, params)

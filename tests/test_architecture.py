@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import shampoo_func as sf
+from shampoo_func.linalg import constant_result
 
 PACKAGE = Path(sf.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -154,3 +156,36 @@ def test_import_is_silent() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_import_brings_in_no_compiler_and_no_dtensors() -> None:
+    """What takes longer to import than torch is imported by those who use it."""
+    script = (
+        "import sys, torch; before = set(sys.modules); import shampoo_func; "
+        "print('\\n'.join(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        check=True,
+    )
+    ours = ("shampoo_func", "optree", "jaxtyping")
+    theirs = {name for name in done.stdout.split() if name.partition(".")[0] not in ours}
+    assert "shampoo_func.sharding" in done.stdout
+    assert {name for name in theirs if name.startswith("torch")} == set()
+
+
+def test_the_mark_of_a_constant_is_that_of_torch() -> None:
+    """`constant_result` sets what torch.compiler sets, which would import the compiler."""
+
+    def one() -> int:
+        return 1
+
+    def two() -> int:
+        return 1
+
+    constant_result(one)
+    torch.compiler.assume_constant_result(two)  # type: ignore[no-untyped-call]
+    assert vars(one) == vars(two) != {}

@@ -30,6 +30,20 @@ def test_every_storage_gives_the_numbers_of_one_process(world: int, storage: str
     assert max(route for _, route in answers) <= exact
 
 
+@pytest.mark.slow
+def test_every_storage_on_eight_ranks() -> None:
+    """The same with more ranks than some stacks have blocks, and than some shards have rows."""
+    pool = workers.Pool(8, patience=120.0)
+    try:
+        for storage in cases.STORAGES:
+            answers = pool.run(cases.compare, storage, {}, seconds=300.0)
+            assert max(shampoo for shampoo, _ in answers) < 1e-9, storage
+            exact = 1e-12 if "partial" in storage else 0.0
+            assert max(route for _, route in answers) <= exact, storage
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize("assignment", ["bucket_lpt", "lpt", "chunk"])
 @pytest.mark.parametrize(
     ("storage", "transport"),

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import shampoo_func as sf
-from benchmarks.shapes import Shapes, gpt2, llama, resnet50
+from benchmarks.shapes import MODELS, Shapes, llama, resnet50
 from shampoo_func.blocks import BlockPlan, LeafSpec, plan_blocks
 from shampoo_func.errors import HyperparameterError
 from shampoo_func.sharding import balance, plan_shards
@@ -30,9 +30,9 @@ def blocks_of(shapes: Shapes, size: int) -> BlockPlan:
     return plan_blocks(specs, block_size=size)
 
 
-@pytest.mark.parametrize("world", [2, 8, 64, 512])
-@pytest.mark.parametrize("size", [256, 1024, 2048])
-@pytest.mark.parametrize("shapes", [gpt2(), resnet50(), llama()], ids=["gpt2", "resnet", "llama"])
+@pytest.mark.parametrize("world", [2, 4, 8, 64, 512])
+@pytest.mark.parametrize("size", [256, 512, 1024, 2048])
+@pytest.mark.parametrize("shapes", [own() for own in MODELS.values()], ids=list(MODELS))
 @pytest.mark.parametrize("cost", [sf.cubic_cost(), sf.byte_cost()], ids=str)
 def test_balance_is_that_of_lpt(shapes: Shapes, size: int, world: int, cost: sf.Cost) -> None:
     """The largest load is that of LPT + 5%, and every rank has its share of every shape."""

@@ -9,6 +9,7 @@ from shampoo_func.linalg.bases import (
     off_diagonal,
     qr_basis,
 )
+from shampoo_func.linalg.constant import constant_result
 from shampoo_func.linalg.control import choose, compute_where
 from shampoo_func.linalg.decompose import Eigh, eigh
 from shampoo_func.linalg.diagonal import diagonal, with_diagonal
@@ -84,6 +85,7 @@ __all__ = [
     "choose",
     "compute_dtype",
     "compute_where",
+    "constant_result",
     "diagonal",
     "eigenpairs",
     "eigh",

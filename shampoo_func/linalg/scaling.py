@@ -27,8 +27,11 @@ def align(value: Scalar, like: torch.Tensor) -> Scalar:
     """
     if not isinstance(value, torch.Tensor):
         return value
+    wanted = compute_dtype(like.dtype)
+    if value.ndim == 0 and like.dtype == wanted:
+        return value.to(wanted)  # DTensor warns of a shape of ones, and needs none
     shape = value.shape + (1,) * (like.ndim - value.ndim)
-    return value.reshape(shape).to(compute_dtype(like.dtype))
+    return value.reshape(shape).to(wanted)
 
 
 def scaled(x: torch.Tensor, factor: Scalar) -> torch.Tensor:

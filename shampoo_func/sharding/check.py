@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
-from shampoo_func.errors import PlanMismatchError, ShampooFuncError
+from shampoo_func.errors import PlanMismatchError, ShampooFuncError, ShardingError
 from shampoo_func.sharding import collectives
 from shampoo_func.sharding.plan import ShardPlan
 
-__all__ = ["agree", "check_plan"]
+__all__ = ["agree", "check_plan", "check_started"]
+
+
+def check_started() -> None:
+    """Check that there is a process group.
+
+    Raises:
+        ShardingError: If there is none, or none any more.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise ShardingError(
+            "a mesh needs a process group, and there is none: call "
+            "torch.distributed.init_process_group() before, and destroy it after, all that is on "
+            "a mesh."
+        )
 
 
 def agree(
@@ -25,6 +40,7 @@ def agree(
     Raises:
         PlanMismatchError: If the fingerprints differ or another rank has a problem.
     """
+    check_started()
     mine = 0 if problem is not None else fingerprint
     seen = collectives.all_max(
         torch.tensor([mine, -mine, problem is not None], dtype=torch.int64, device=device), group

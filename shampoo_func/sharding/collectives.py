@@ -5,17 +5,23 @@ This module is the only one that calls any while stepping. Each waits for its re
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed._functional_collectives  # registers the operators
+import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_func.errors import PeerError
+from shampoo_func.errors import PeerError, ShardingError
 
-__all__ = ["all_gather", "all_max", "all_to_all", "reduce_scatter"]
+__all__ = ["all_gather", "all_max", "all_to_all", "reduce_scatter", "register"]
 
 _OPS = torch.ops._c10d_functional
+
+
+def register() -> None:
+    """Tell the compiler about the operators: done before the first, as it imports much of torch."""
+    importlib.import_module("torch.distributed._functional_collectives")
 
 
 def _waited(call: Callable[[], Tensor]) -> Tensor:
@@ -23,12 +29,18 @@ def _waited(call: Callable[[], Tensor]) -> Tensor:
 
     Raises:
         PeerError: If it fails, in eager code; a compiled graph raises what the backend does.
+        ShardingError: If there is no process group any more.
     """
     if torch.compiler.is_compiling():
         return _OPS.wait_tensor(call())
     try:
         return _OPS.wait_tensor(call())
     except RuntimeError as error:
+        if not dist.is_initialized():
+            raise ShardingError(
+                "the process group of the mesh was destroyed; make a group, a mesh, and the "
+                "optimizer anew. Parameters and state of the last finished step are intact."
+            ) from error
         raise PeerError(
             f"a collective failed ({str(error).splitlines()[0]}): another rank has ended or hangs. "
             "Parameters and state of the last finished step are intact on this rank: save them, "

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.nn import Parameter
 
 from shampoo_func.sharding.storage import Kind, local_indices
 
-__all__ = ["as_local", "kinds_of", "stored_like", "whole_norms", "wrapped"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["as_local", "is_dtensor", "kinds_of", "stored_like", "whole_norms", "wrapped"]
+
+
+def is_dtensor(leaf: Any) -> TypeGuard[DTensor]:
+    """Whether something is a DTensor; for an ordinary tensor the class is not even imported."""
+    if leaf is None or type(leaf) is Tensor or type(leaf) is Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(leaf, DTensor)
 
 
 def kind_of(leaf: Tensor | None) -> Kind:
     """Return mesh and placements of a DTensor, and None for anything else."""
-    if isinstance(leaf, DTensor):
+    if is_dtensor(leaf):
         return leaf.device_mesh, leaf.placements
     return None
 
@@ -28,8 +40,10 @@ def wrapped(local: Tensor | None, like: Tensor | None) -> Tensor | None:
         local: The local result.
         like: The gradient.
     """
-    if local is None or not isinstance(like, DTensor):
+    if local is None or not is_dtensor(like):
         return local
+    from torch.distributed.tensor import DTensor, Replicate
+
     placements = [Replicate() if own.is_partial() else own for own in like.placements]
     return DTensor.from_local(
         local,
@@ -48,7 +62,7 @@ def kinds_of(leaves: Sequence[Tensor | None]) -> tuple[Kind, ...]:
 
 def as_local(leaf: Any) -> Any:
     """Return the local tensor of a DTensor, and anything else as it is."""
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return leaf.to_local() if is_dtensor(leaf) else leaf
 
 
 def stored_like(whole: Tensor, like: Tensor) -> Tensor:
@@ -58,12 +72,14 @@ def stored_like(whole: Tensor, like: Tensor) -> Tensor:
         whole: A plain tensor, the same on every rank, or a DTensor.
         like: What it is to be stored as. A DTensor for a plain one is gathered, by all ranks.
     """
-    if isinstance(whole, DTensor):
-        if not isinstance(like, DTensor):
+    if is_dtensor(whole):
+        if not is_dtensor(like):
             return whole.full_tensor()
         return whole.redistribute(like.device_mesh, like.placements)
-    if not isinstance(like, DTensor):
+    if not is_dtensor(like):
         return whole
+    from torch.distributed.tensor import DTensor
+
     place = like.device_mesh.get_coordinate()
     mesh_shape = tuple(like.device_mesh.shape)
     part = whole
@@ -89,10 +105,10 @@ def whole_norms(norms: list[Tensor]) -> list[Tensor]:
     Args:
         norms: 0-d tensors; the result has the same norm. With DTensors every rank must call.
     """
-    plain = [norm for norm in norms if not isinstance(norm, DTensor)]
+    plain = [norm for norm in norms if not is_dtensor(norm)]
     groups: list[list[Any]] = []
     for norm in norms:
-        if isinstance(norm, DTensor):
+        if is_dtensor(norm):
             for group in groups:
                 if group[0].device_mesh == norm.device_mesh:
                     group.append(norm)

@@ -17,7 +17,9 @@ from shampoo_func.errors import (
     check_choice,
     check_dtype,
 )
-from shampoo_func.sharding.check import agree
+from shampoo_func.linalg import constant_result
+from shampoo_func.sharding import collectives
+from shampoo_func.sharding.check import agree, check_started
 from shampoo_func.sharding.costs import Cost, cubic_cost
 from shampoo_func.sharding.exchange import Exchange, Request
 from shampoo_func.sharding.owners import ASSIGNMENTS
@@ -44,7 +46,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """See `sharding`. group: the process group's name. ranks: the global ranks in it."""
+    """See `sharding`.
+
+    group: the process group's name. ranks: the global ranks in it. rank: this one's place there.
+    """
 
     mesh: DeviceMesh
     transport: Transport
@@ -53,11 +58,7 @@ class Sharding:
     communication_dtype: torch.dtype | None
     group: str
     ranks: tuple[int, ...]
-
-    @property
-    def rank(self) -> int:
-        """This rank's place among those that share the blocks."""
-        return self.ranks.index(dist.get_rank())
+    rank: int
 
     def plan(self, cut: Cut) -> ShardPlan:
         """Plan blocks and owners."""
@@ -84,6 +85,11 @@ class Sharding:
             kinds,
             present,
         )
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks have; every rank must call it."""
+        device = torch.device(self.mesh.device_type)
+        return int(collectives.all_max(torch.tensor(number, device=device), self.group))
 
     def check(self, cut: Cut, kinds: tuple[Kind, ...], inner: str) -> None:
         """Check, together with all ranks, that they plan the same.
@@ -133,7 +139,7 @@ def _plan(own: Sharding, cut: Cut) -> ShardPlan:
     )
 
 
-@torch.compiler.assume_constant_result  # a traced call is planned once, on the host
+@constant_result  # a traced call is planned once, on the host
 def exchange_of(
     own: Sharding,
     paths: tuple[str, ...],
@@ -200,6 +206,7 @@ def sharding(
         HyperparameterError: If an argument is of the wrong kind.
         ShardingError: If this rank is not in the mesh.
     """
+    collectives.register()
     if not isinstance(mesh, DeviceMesh):
         raise HyperparameterError(
             f"mesh must be a DeviceMesh (torch.distributed.device_mesh.init_device_mesh), got "
@@ -215,6 +222,7 @@ def sharding(
         raise HyperparameterError(f"cost must be a cost such as cubic_cost(), got {cost!r}.")
     check_choice("assignment", assignment, ASSIGNMENTS)
     check_dtype("communication_dtype", communication_dtype)
+    check_started()
     if mesh.get_coordinate() is None:
         raise ShardingError(
             f"rank {dist.get_rank()} is not in {mesh!r}; build the optimizer on its ranks only, or "
@@ -222,7 +230,16 @@ def sharding(
         )
     group = _group_of(mesh)
     ranks = tuple(dist.get_process_group_ranks(group))
-    return Sharding(mesh, chosen, assignment, price, communication_dtype, group.group_name, ranks)
+    return Sharding(
+        mesh,
+        chosen,
+        assignment,
+        price,
+        communication_dtype,
+        group.group_name,
+        ranks,
+        ranks.index(dist.get_rank()),
+    )
 
 
 def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:

@@ -11,12 +11,13 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from typing import TYPE_CHECKING, TypeAlias
 
 from shampoo_func.errors import ShardingError
+
+if TYPE_CHECKING:  # importing them takes a second, which only a run on a mesh should pay
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
 
 __all__ = [
     "Indices",
@@ -34,7 +35,7 @@ Indices = tuple[tuple[int, int], ...]
 Region = tuple[Indices, ...]
 """A product of index sets, one per merged dimension."""
 
-Kind = tuple[DeviceMesh, tuple[Placement, ...]] | None
+Kind: TypeAlias = "tuple[DeviceMesh, tuple[Placement, ...]] | None"
 """Mesh and placements of a DTensor; None for a plain tensor, which every rank has whole."""
 
 
@@ -128,6 +129,9 @@ def _check_placements(placements: tuple[Placement, ...], order: int) -> None:
     Raises:
         ShardingError: If one is not.
     """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     kinds = set()
     for placement in placements:
         if isinstance(placement, Shard | _StridedShard):
@@ -184,6 +188,9 @@ def local_indices(
 
     Placements act from the first mesh dimension on, each on what those before it have left.
     """
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     rows: list[Indices] = [((0, size),) if size else () for size in shape]
     for placement, size, coordinate in zip(placements, mesh_shape, place, strict=True):
         if isinstance(placement, _StridedShard):

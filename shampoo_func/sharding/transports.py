@@ -9,6 +9,7 @@ from shampoo_func.errors import ShardingError
 from shampoo_func.sharding.all_to_all import plan_all_to_all
 from shampoo_func.sharding.exchange import Exchange, Request
 from shampoo_func.sharding.gathers import plan_gather
+from shampoo_func.sharding.refresh import plan_refresh
 from shampoo_func.sharding.shards import plan_shard_local
 
 __all__ = [
@@ -16,12 +17,14 @@ __all__ = [
     "AllToAll",
     "Automatic",
     "ReduceScatter",
+    "RefreshSharded",
     "ShardLocal",
     "Transport",
     "all_gather",
     "all_to_all",
     "automatic",
     "reduce_scatter",
+    "refresh_sharded",
     "shard_local",
 ]
 
@@ -35,6 +38,9 @@ class Transport(ABC):
     """
 
     __slots__ = ()
+
+    shares_state = True
+    """Whether a block's state is on its owner alone."""
 
     @abstractmethod
     def plan(self, request: Request) -> Exchange:
@@ -107,6 +113,17 @@ class ShardLocal(Transport):
     def plan(self, request: Request) -> Exchange:
         """Plan the blocks of the local shards."""
         return plan_shard_local(request, exact=self.exact)
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshSharded(Transport):
+    """See `refresh_sharded`."""
+
+    shares_state = False
+
+    def plan(self, request: Request) -> Exchange:
+        """Plan one gather of roots per stack and refresh."""
+        return plan_refresh(request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +204,27 @@ def shard_local(*, exact: bool = True) -> ShardLocal:
         ShardLocal(exact=False)
     """
     return ShardLocal(exact)
+
+
+def refresh_sharded() -> RefreshSharded:
+    """Every rank has all gradients and all state; the owners' refreshed roots are gathered.
+
+    Nothing is sent but by an update that refreshes: each rank computes the roots of the blocks
+    that it owns and sends them to all, (W - 1) / W of the bytes of all roots, the same bits for
+    everyone. Every T updates that is F / T for F bytes of roots, about twice the bytes of the
+    parameters, where `all_gather` sends the bytes of the parameters at each. All statistics and
+    roots are on every rank, and all ranks take in all gradients.
+
+    For policies that refresh whole stacks (`every`, `adaptive`, `probabilistic`). Gradients must
+    be plain or `Replicate`, and summed.
+
+    Source: arXiv 2002.09018 (each core computes some of the roots).
+
+    Example:
+        >>> refresh_sharded()
+        RefreshSharded()
+    """
+    return RefreshSharded()
 
 
 def automatic() -> Automatic:

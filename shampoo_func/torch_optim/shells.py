@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from shampoo_func.errors import HyperparameterError
 from shampoo_func.recipes import shampoo
+from shampoo_func.sharding import sharding
+from shampoo_func.torch_optim.meshed import OnMesh
 from shampoo_func.torch_optim.optimizer import FunctionalOptimizer
 from shampoo_func.torch_optim.options import Recipe
 from shampoo_func.torch_optim.rates import WithoutRate, WithRate, constant_rates, scheduled_rate
@@ -31,11 +36,14 @@ class ShampooOptimizer(FunctionalOptimizer):
         compile: Whether to compile the whole update; a dict has the arguments of torch.compile.
         max_failures: How often in a row a root may fail before `step` raises an error that
             names the parameter and the block; None for ever.
+        mesh: The ranks that share the blocks, see `sharded`. Every rank of it makes the optimizer
+            and calls its methods, `state_dict` and `load_state_dict` too.
         **options: Options of `shampoo`.
 
     Raises:
         HyperparameterError: If an option is out of range, or there is none of that name.
         ParameterError: If a parameter is no real floating tensor, or given twice.
+        ShardingError: If this rank is not in the mesh.
 
     Source: arXiv 2309.06497, section 3.
 
@@ -58,11 +66,15 @@ class ShampooOptimizer(FunctionalOptimizer):
         maximize: bool = False,
         compile: bool | Mapping[str, Any] = False,
         max_failures: int | None = 3,
+        mesh: DeviceMesh | None = None,
         **options: Any,
     ) -> None:
+        recipe = Recipe.of(shampoo, {"learning_rate": lr, **options})
+        if mesh is not None:
+            recipe = dataclasses.replace(recipe, factory=OnMesh(shampoo, sharding(mesh)))
         super().__init__(
             params,
-            Recipe.of(shampoo, {"learning_rate": lr, **options}),
+            recipe,
             maximize=maximize,
             compile=compile,
             max_failures=max_failures,
@@ -92,7 +104,7 @@ def as_optimizer(
 
     Args:
         params: Parameters, `model.named_parameters()`, or a list of param groups.
-        tx: The transformation.
+        tx: The transformation; one on a mesh is called by every rank of it.
         maximize: Whether to go up instead of down.
         compile: Whether to compile the whole update; a dict has the arguments of torch.compile.
         max_failures: How often in a row a root may fail before `step` raises; None for ever.

@@ -44,6 +44,7 @@ from shampoo_func.transforms.joined_schedules import (
     warmup_cosine_decay_schedule,
     warmup_stable_decay_schedule,
 )
+from shampoo_func.transforms.masks import check_masks
 from shampoo_func.transforms.memory import state_bytes
 from shampoo_func.transforms.momentum import Ema, EmaState, Trace, TraceState, ema, trace
 from shampoo_func.transforms.named import (
@@ -81,7 +82,7 @@ from shampoo_func.transforms.schedules import (
     linear_schedule,
     piecewise_constant_schedule,
 )
-from shampoo_func.transforms.sharded import sharded, with_sharding
+from shampoo_func.transforms.sharded import sharded, shardings, with_sharding
 from shampoo_func.transforms.staggered import Staggered, staggered
 
 __all__ = [
@@ -132,6 +133,7 @@ __all__ = [
     "blocked",
     "chain",
     "check_failures",
+    "check_masks",
     "clip",
     "clip_by_global_norm",
     "constant_schedule",
@@ -159,6 +161,7 @@ __all__ = [
     "scale_by_shampoo",
     "schedule_free",
     "sharded",
+    "shardings",
     "staggered",
     "state_bytes",
     "state_report",

@@ -23,6 +23,7 @@ from shampoo_func.sharding import (
     Exchange,
     Here,
     LocalExchange,
+    RefreshExchange,
     Sharding,
     Transport,
     as_local,
@@ -32,6 +33,7 @@ from shampoo_func.sharding import (
     wrapped,
 )
 from shampoo_func.transforms.base import Wrapper
+from shampoo_func.transforms.shared_refresh import check_shareable, with_shared_refresh
 from shampoo_func.types import Transformation, Tree
 
 __all__ = ["Blocked", "blocked", "check_stacks"]
@@ -67,6 +69,8 @@ class Blocked(Wrapper):
         if self.sharding is not None and not any(leaf.is_meta for leaf in leaves):
             self.sharding.check(self._cut(params), kinds_of(leaves), self.inner.name)
         exchange = self.exchange(params, leaves, (True,) * len(leaves))
+        if isinstance(exchange, RefreshExchange):
+            check_shareable(self.inner)
         stacks = exchange.collect([as_local(leaf) for leaf in leaves])
         return {name: self._init_stack(stack) for name, stack in stacks.items()}
 
@@ -99,7 +103,10 @@ class Blocked(Wrapper):
         for name, stack in stacks.items():
             held = rows.get(name)
             before = state[name] if held is None else _take(state[name], held)
-            out[name], result = self.inner.update(stack, before, param_stacks.get(name), **extra)
+            inner = self.inner
+            if isinstance(exchange, RefreshExchange):
+                inner = with_shared_refresh(inner, exchange.refreshes(name))
+            out[name], result = inner.update(stack, before, param_stacks.get(name), **extra)
             after[name] = result if held is None else _put(state[name], held, result)
         results = exchange.deliver(out, local)
         whole = [wrapped(own, leaf) for own, leaf in zip(results, leaves, strict=True)]
@@ -218,7 +225,7 @@ def blocked(
             repeats them in every other (the paper's trainers per group). Every rank of the
             mesh must build the transformation.
         transport: How blocks travel: `all_gather()`, `reduce_scatter()`, `all_to_all()`,
-            `shard_local()`; the one that sends least if not given.
+            `shard_local()`, `refresh_sharded()`; the one that sends least if not given.
         assignment: How owners are chosen: "bucket_lpt", "lpt" or "chunk".
         cost: What is balanced: `cubic_cost()`, the default, or `byte_cost()`.
         communication_dtype: In which gradients and directions are sent; their own if not

@@ -11,6 +11,7 @@ from torch import Tensor
 from shampoo_func import tree
 from shampoo_func.errors import RootFailureError, check_count
 from shampoo_func.transforms.inspect import BlockView, parameter_state
+from shampoo_func.transforms.sharded import shardings
 from shampoo_func.types import Transformation, Tree
 
 __all__ = ["check_failures"]
@@ -22,6 +23,9 @@ def check_failures(tx: Transformation, state: Any, params: Tree, *, limit: int =
     A failed refresh keeps what the block had, and is counted in the state; training goes on.
     Call this where a synchronisation with the device does no harm: after a refresh, or once in
     a while. It reads one number, and looks for the parameter only if that is too large.
+
+    On a mesh every rank must call it: if a block fails, all of them raise, so that none waits for
+    another; the block's owner names it.
 
     Args:
         tx: The transformation.
@@ -45,10 +49,14 @@ def check_failures(tx: Transformation, state: Any, params: Tree, *, limit: int =
     """
     check_count("limit", limit, low=0)
     counts = [count for count in _counts(state) if count.numel() > 0]
-    if not counts:
-        return
-    device = counts[0].device
-    if int(torch.stack([count.max().to(device) for count in counts]).max()) <= limit:
+    worst = 0
+    if counts:
+        device = counts[0].device
+        worst = int(torch.stack([count.max().to(device) for count in counts]).max())
+    everywhere = worst
+    for shared in dict.fromkeys(shardings(tx)):
+        everywhere = max(everywhere, shared.largest(worst))
+    if everywhere <= limit:
         return
     for path in tree.paths(params):
         for place, count in _failing(parameter_state(tx, state, params, path), "", limit):
@@ -58,6 +66,11 @@ def check_failures(tx: Transformation, state: Any, params: Tree, *, limit: int =
                 "or infinite gradients (apply_if_finite skips them), use a larger epsilon or a "
                 "relative one, or another root solver."
             )
+    if worst <= limit:
+        raise RootFailureError(
+            "the roots of a block of another rank could not be computed in the latest "
+            f"{everywhere} refreshes (tolerated: {limit}); its owner names the parameter."
+        )
 
 
 def _counts(node: Any) -> Iterator[Tensor]:

@@ -24,8 +24,8 @@ __all__ = ["StateReport", "state_report"]
 class StateReport:
     """State per rank.
 
-    blocks, block_bytes, costs: of every rank the blocks that it owns, the bytes of their state,
-    and their cost. other_bytes: the bytes of all state outside `blocked`, the same on each.
+    blocks, block_bytes: of every rank the blocks whose state it has, and the bytes. costs: what
+    it refreshes. other_bytes: the bytes of all state outside `blocked`, the same on each.
     """
 
     blocks: tuple[int, ...]
@@ -138,6 +138,7 @@ class _Totals:
 
     def _add_blocks(self, tx: Blocked, state: Any, params: Tree) -> None:
         own = tx.sharding
+        shares = own is None or own.transport.shares_state
         plan = plan_shards(
             tx.plan(params),
             tree.paths(params),
@@ -151,7 +152,8 @@ class _Totals:
         sizes = dict(plan.blocks.stacks)
         for name, counts in plan.counts().items():
             whole = sum(_bytes(leaf) for leaf in tree.leaves(state[name]))
-            for rank, count in enumerate(counts):
+            held = counts if shares else [sizes[name]] * len(counts)
+            for rank, count in enumerate(held):
                 self.blocks[rank] += count
                 self.bytes[rank] += whole // sizes[name] * count
 

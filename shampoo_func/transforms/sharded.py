@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from shampoo_func.errors import HyperparameterError
 from shampoo_func.sharding import Cost, Sharding, Transport, sharding
 from shampoo_func.transforms.blocked import Blocked
+from shampoo_func.transforms.rebuilt import rebuilt
 from shampoo_func.types import Transformation
 
-__all__ = ["sharded", "with_sharding"]
+__all__ = ["sharded", "shardings", "with_sharding"]
 
 
 def sharded(
@@ -74,6 +75,19 @@ def sharded(
     return result
 
 
+def shardings(tx: Transformation) -> list[Sharding]:
+    """Return the shardings of the `blocked` stages inside that are on a mesh."""
+    found: list[Sharding] = []
+
+    def note(stage: Blocked) -> Sharding | None:
+        if stage.sharding is not None:
+            found.append(stage.sharding)
+        return stage.sharding
+
+    with_sharding(tx, note)
+    return found
+
+
 def with_sharding(
     tx: Transformation, choose: Callable[[Blocked], Sharding | None]
 ) -> Transformation:
@@ -83,24 +97,11 @@ def with_sharding(
         tx: The transformation.
         choose: What each `blocked` stage is to have.
     """
-    if isinstance(tx, Blocked):
-        chosen = choose(tx)
-        return tx if chosen is tx.sharding else dataclasses.replace(tx, sharding=chosen)
-    changed: dict[str, Any] = {}
-    # a transformation that is no dataclass has no fields to look into
-    for name in getattr(tx, "__dataclass_fields__", ()):
-        value = getattr(tx, name)
-        new = _rebuilt(value, choose)
-        if new is not value:
-            changed[name] = new
-    return dataclasses.replace(tx, **changed) if changed else tx  # type: ignore[type-var]
 
+    def change(stage: Transformation) -> Any:
+        if not isinstance(stage, Blocked):
+            return None
+        chosen = choose(stage)
+        return stage if chosen is stage.sharding else dataclasses.replace(stage, sharding=chosen)
 
-def _rebuilt(value: Any, choose: Callable[[Blocked], Sharding | None]) -> Any:
-    """Return a field of a stage with the stages in it rebuilt; itself if there are none."""
-    if isinstance(value, Transformation):
-        return with_sharding(value, choose)
-    if isinstance(value, tuple):
-        parts = tuple(_rebuilt(part, choose) for part in value)
-        return parts if any(a is not b for a, b in zip(parts, value, strict=True)) else value
-    return value
+    return rebuilt(tx, change)

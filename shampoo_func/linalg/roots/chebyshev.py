@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shampoo_func.errors import check_count, check_number
 from shampoo_func.linalg._shapes import Float
+from shampoo_func.linalg.constant import constant_result
 from shampoo_func.linalg.roots.scaled import (
     ScaledRoot,
     Solution,
@@ -91,7 +92,7 @@ def chebyshev_root(
     return ChebyshevRoot(epsilon, offset, degree)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _chebyshev_series(exponent: float, offset: float, degree: int) -> tuple[float, ...]:
     """Return the coefficients of x^(-p) on [offset, 1 + offset], its maximum, and its error."""
     return _computed_series(exponent, offset, degree)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func.errors import check_count, check_number
+from shampoo_func.linalg.constant import constant_result
 from shampoo_func.linalg.roots.scaled import check_constant
 
 __all__ = ["Iterate", "Stopping", "begin", "check_stopping", "run"]
@@ -141,7 +142,7 @@ def _any(active: Tensor) -> bool:
     return bool(active.any())
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _inside_transform() -> bool:
     """Whether vmap, grad or jvp is being traced; asked once, while tracing."""
     return torch._C._functorch.maybe_current_level() is not None
