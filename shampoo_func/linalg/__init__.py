@@ -9,7 +9,7 @@ from shampoo_func.linalg.bases import (
     off_diagonal,
     qr_basis,
 )
-from shampoo_func.linalg.control import choose, compute_where
+from shampoo_func.linalg.control import choose, compute_where, is_transformed
 from shampoo_func.linalg.decompose import Eigh, eigh
 from shampoo_func.linalg.diagonal import diagonal, with_diagonal
 from shampoo_func.linalg.eigenpairs import eigenpairs
@@ -48,11 +48,13 @@ from shampoo_func.linalg.scaling import (
     align,
     bias_correction,
     compute_dtype,
+    computed_once,
     ema,
     scalar_dtype,
     scaled,
 )
 from shampoo_func.linalg.solver import Guarded, Root, RootSolver, all_finite, guarded
+from shampoo_func.linalg.statistics import add_gram
 
 __all__ = [
     "AutoRoot",
@@ -75,6 +77,7 @@ __all__ = [
     "Root",
     "RootSolver",
     "SvdPolar",
+    "add_gram",
     "align",
     "all_finite",
     "auto_root",
@@ -84,6 +87,7 @@ __all__ = [
     "choose",
     "compute_dtype",
     "compute_where",
+    "computed_once",
     "diagonal",
     "eigenpairs",
     "eigh",
@@ -93,6 +97,7 @@ __all__ = [
     "gram",
     "guarded",
     "higher_order_newton_root",
+    "is_transformed",
     "mode_norms",
     "multiply",
     "newton_db_root",

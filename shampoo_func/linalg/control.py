@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_batchedtensor, maybe_current_level
 
-__all__ = ["choose", "compute_where"]
+__all__ = ["choose", "compute_where", "is_transformed"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -85,3 +85,14 @@ def _in_graph(
 
 def _chosen(flags: Tensor, new: Tensors, old: Tensors) -> Tensors:
     return tuple(choose(flags, *pair) for pair in zip(new, old, strict=True))
+
+
+@torch.compiler.assume_constant_result  # known when a graph is traced, and guarded by Dynamo
+def is_transformed() -> bool:
+    """Whether the call is inside of a transform of torch.func: vmap, grad, jvp.
+
+    Example:
+        >>> is_transformed(), torch.vmap(lambda x: x + is_transformed())(torch.zeros(1))
+        (False, tensor([1.]))
+    """
+    return maybe_current_level() is not None

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from shampoo_func.linalg.control import is_transformed
 from shampoo_func.types import Scalar
 
-__all__ = ["align", "bias_correction", "compute_dtype", "ema", "scalar_dtype", "scaled"]
+__all__ = [
+    "align",
+    "bias_correction",
+    "compute_dtype",
+    "computed_once",
+    "ema",
+    "scalar_dtype",
+    "scaled",
+]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,4 +60,21 @@ def bias_correction(decay: Scalar, step: torch.Tensor, like: torch.Tensor) -> to
         like: The average that is to be corrected.
     """
     correction = 1 - decay ** step.to(scalar_dtype(step.device))
-    return align(correction, like)  # type: ignore[return-value]
+    return computed_once(align(correction, like))  # type: ignore[return-value]
+
+
+def computed_once(value: Scalar) -> Scalar:
+    """Return the value as it is, in a compiled graph from memory.
+
+    Inductor computes a value per block again for every element that it is combined with, a
+    power in double precision among them, which tripled the time of AdamW on a CPU. A strided
+    view has to be of something that is in memory.
+
+    Args:
+        value: A number, a 0-d tensor, or one value per block.
+    """
+    if not isinstance(value, torch.Tensor) or not torch.compiler.is_compiling():
+        return value
+    if is_transformed():
+        return value
+    return value.as_strided(value.shape, value.stride())
