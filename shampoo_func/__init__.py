@@ -38,6 +38,7 @@ from shampoo_func.preconditioners import (
     scalar_second_moment,
     second_moment,
     sign_preconditioner,
+    subsampled,
 )
 from shampoo_func.recipes import (
     adagrad,
@@ -211,6 +212,7 @@ __all__ = [
     "staggered",
     "state_bytes",
     "state_report",
+    "subsampled",
     "svd_polar",
     "sweep",
     "symmetric_packing",

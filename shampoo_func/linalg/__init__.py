@@ -53,6 +53,7 @@ from shampoo_func.linalg.scaling import (
     scalar_dtype,
     scaled,
 )
+from shampoo_func.linalg.sides import multiply_both_sides
 from shampoo_func.linalg.solver import Guarded, Root, RootSolver, all_finite, guarded
 from shampoo_func.linalg.statistics import add_gram
 
@@ -100,6 +101,7 @@ __all__ = [
     "is_transformed",
     "mode_norms",
     "multiply",
+    "multiply_both_sides",
     "newton_db_root",
     "newton_root",
     "newton_schulz_polar",

@@ -58,8 +58,8 @@ def compute_where(
     if flags.ndim != 1:
         return _chosen(flags, compute(*operands), fallback) if bool(flags.any()) else fallback
     rows = flags.nonzero()[:, 0]
-    if rows.numel() == 0:
-        return fallback
+    if rows.numel() in (0, flags.numel()):  # none or all: nothing to pick and put back
+        return compute(*operands) if rows.numel() else fallback
     results = compute(*(operand[rows] for operand in operands))
     return tuple(
         whole.index_copy(0, rows, part) for whole, part in zip(fallback, results, strict=True)

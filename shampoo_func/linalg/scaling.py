@@ -34,8 +34,10 @@ def align(value: Scalar, like: torch.Tensor) -> Scalar:
     Numbers and 0-d tensors broadcast as they are. The dtype becomes the one in which `like`
     is computed, so that a float64 scalar does not turn a float32 tensor into float64.
     """
-    if not isinstance(value, torch.Tensor):
-        return value
+    return _aligned(value, like) if isinstance(value, torch.Tensor) else value
+
+
+def _aligned(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     shape = value.shape + (1,) * (like.ndim - value.ndim)
     return value.reshape(shape).to(compute_dtype(like.dtype))
 
@@ -60,21 +62,20 @@ def bias_correction(decay: Scalar, step: torch.Tensor, like: torch.Tensor) -> to
         like: The average that is to be corrected.
     """
     correction = 1 - decay ** step.to(scalar_dtype(step.device))
-    return computed_once(align(correction, like))  # type: ignore[return-value]
+    return computed_once(_aligned(correction, like))
 
 
-def computed_once(value: Scalar) -> Scalar:
+def computed_once(value: torch.Tensor) -> torch.Tensor:
     """Return the value as it is, in a compiled graph from memory.
 
-    Inductor computes a value per block again for every element that it is combined with, a
-    power in double precision among them, which tripled the time of AdamW on a CPU. A strided
-    view has to be of something that is in memory.
+    Inductor computes a value again wherever it is used: a correction per block for every
+    element that it is combined with, a power in double precision among them, which tripled the
+    time of AdamW on a CPU; a moving average once for the update and once more, at the end of
+    the step, for the state. A strided view has to be of something that is in memory.
 
     Args:
-        value: A number, a 0-d tensor, or one value per block.
+        value: A tensor that is used more than once.
     """
-    if not isinstance(value, torch.Tensor) or not torch.compiler.is_compiling():
-        return value
-    if is_transformed():
+    if not torch.compiler.is_compiling() or is_transformed():
         return value
     return value.as_strided(value.shape, value.stride())
