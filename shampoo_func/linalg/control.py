@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, maybe_current_level
 
-__all__ = ["choose", "compute_where", "is_transformed"]
+__all__ = ["choose", "compute_where", "is_recorded", "is_transformed"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -96,3 +96,13 @@ def is_transformed() -> bool:
         (False, tensor([1.]))
     """
     return maybe_current_level() is not None
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd takes notes of what is done with one of the tensors.
+
+    Example:
+        >>> is_recorded(torch.ones(1)), is_recorded(torch.ones(1, requires_grad=True))
+        (False, True)
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func.linalg._shapes import Float
-from shampoo_func.linalg.control import is_transformed
+from shampoo_func.linalg.control import is_recorded, is_transformed
 
 __all__ = ["multiply_both_sides"]
 
@@ -31,7 +31,7 @@ def multiply_both_sides(
         tensor([[6.],
                 [6.]])
     """
-    if is_transformed() or _is_recorded(left, blocks, right):
+    if is_transformed() or is_recorded(left, blocks, right):
         return left @ blocks @ right.transpose(-1, -2)
     if torch.compiler.is_compiling():
         new = blocks.clone()  # gone from the graph, unless something else reads the blocks
@@ -39,11 +39,6 @@ def multiply_both_sides(
         return new
     new = torch.empty_like(blocks, memory_format=torch.contiguous_format)
     return _multiplied(left, blocks, right, new)
-
-
-def _is_recorded(*tensors: Tensor) -> bool:
-    """Whether autograd takes notes."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _multiplied(left: Tensor, blocks: Tensor, right: Tensor, out: Tensor) -> Tensor:

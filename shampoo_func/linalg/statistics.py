@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shampoo_func.linalg._shapes import Float
-from shampoo_func.linalg.control import is_transformed
+from shampoo_func.linalg.control import is_recorded, is_transformed
 from shampoo_func.linalg.modes import unfold
 
 __all__ = ["add_gram"]
@@ -41,24 +41,21 @@ def add_gram(
                 [1.0000, 2.5000]])
     """
     rows = unfold(blocks, dim, order)
-    if _can_write(factor, rows):
+    if is_transformed():  # torch 2.13 crashes in the forward-mode derivative of baddbmm
+        return decay * factor + weight * (rows @ rows.transpose(-1, -2))
+    if torch.compiler.is_compiling() and not is_recorded(factor, rows):
         # Inductor drops the copy where the old factor is overwritten by the new one anyway
         new = factor.clone()
         _add_gram_(new, rows, decay, weight)
         return new
-    flat = factor.reshape(-1, *factor.shape[-2:]), rows.reshape(-1, *rows.shape[-2:])
-    return _added(*flat, decay, weight).reshape(factor.shape)
+    stack, rows = _stacked(factor), _stacked(rows)
+    added = torch.baddbmm(stack, rows, rows.transpose(-1, -2), beta=decay, alpha=weight)
+    return added.reshape(factor.shape)
 
 
-def _can_write(factor: Tensor, rows: Tensor) -> bool:
-    """Whether a step is traced that nothing maps or differentiates."""
-    if not torch.compiler.is_compiling() or is_transformed():
-        return False
-    return not (torch.is_grad_enabled() and (factor.requires_grad or rows.requires_grad))
-
-
-def _added(factor: Tensor, rows: Tensor, decay: float, weight: float) -> Tensor:
-    return torch.baddbmm(factor, rows, rows.transpose(-1, -2), beta=decay, alpha=weight)
+def _stacked(matrices: Tensor) -> Tensor:
+    """Return `[*batch, m, n]` with one batch dimension."""
+    return matrices.reshape(-1, *matrices.shape[-2:])
 
 
 # the schema is written out: it cannot be inferred where jaxtyping wraps the annotations
@@ -68,7 +65,7 @@ def _added(factor: Tensor, rows: Tensor, decay: float, weight: float) -> Tensor:
     schema="(Tensor(a!) factor, Tensor rows, float decay, float weight) -> ()",
 )
 def _add_gram_(factor: Tensor, rows: Tensor, decay: float, weight: float) -> None:
-    own, rows = factor.view(-1, *factor.shape[-2:]), rows.reshape(-1, *rows.shape[-2:])
+    own, rows = factor.view(-1, *factor.shape[-2:]), _stacked(rows)
     own.baddbmm_(rows, rows.transpose(-1, -2), beta=decay, alpha=weight)
 
 
