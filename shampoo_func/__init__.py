@@ -46,6 +46,7 @@ from shampoo_func.preconditioners import (
     scalar_second_moment,
     second_moment,
     sign_preconditioner,
+    subsampled,
 )
 from shampoo_func.recipes import (
     adagrad,
@@ -228,6 +229,7 @@ __all__ = [
     "staggered",
     "state_bytes",
     "state_report",
+    "subsampled",
     "svd_polar",
     "sweep",
     "symmetric_packing",

@@ -199,6 +199,10 @@ class Preconditioner(ABC):
         """Whether `refresh` does anything, so that a clock is needed."""
         return True
 
+    def starts_as_identity(self, dtype: torch.dtype) -> bool:
+        """Whether `apply` changes no bit of updates of this dtype before the first refresh."""
+        return False
+
     def block_shape(self, state: Any) -> tuple[int | None, ...] | None:
         """Return the shape of the gradients that a state is for; None where any would do."""
         return None

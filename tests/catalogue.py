@@ -246,4 +246,20 @@ CASES = [
         "kl_shampoo",
         lambda: sf.kl_shampoo(0.1, epsilon=1e-3, block_size=3, refresh_every=2),
     ),
+    Case(
+        "subsampled",
+        "precondition",
+        lambda: sf.blocked(
+            sf.precondition(
+                sf.graft(
+                    direction=sf.subsampled(
+                        sf.kronecker(0.9, root=sf.eigh_root(1e-3), kl=True), every=2
+                    ),
+                    magnitude=sf.second_moment(0.9),
+                ),
+                refresh_every=3,
+            ),
+            block_size=3,
+        ),
+    ),
 ]

@@ -457,6 +457,7 @@ HYPERPARAMETERS = [
     *numbers(sf.kronecker, "sides", "both", like=()),
     *numbers(sf.kronecker, "trace_scaling", -0.5, 0.0, 1.5, like=ONLY_NAN_AND_TEXT),
     *numbers(sf.kronecker, "factor_dtype", torch.int32, torch.complex64, like=()),
+    *numbers(sf.kronecker, "apply_dtype", torch.int32, torch.complex64, like=()),
     *numbers(sf.kronecker, "root_dtype", torch.int32, torch.complex64, like=()),
     *numbers(sf.kronecker, "root", 0.5, "best", like=()),
     *numbers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ def gather(plan: BlockPlan, leaves: Sequence[Tensor | None]) -> dict[str, Float[
     parts: dict[str, list[Tensor]] = {name: [] for name, _ in plan.stacks}
     for parameter, leaf in zip(plan.parameters, leaves, strict=True):
         if leaf is None or not parameter.tiles:
+            continue
+        if _is_one_block(parameter):  # one view for each of many small parameters
+            tile = parameter.tiles[0]
+            parts[tile.stack].append(leaf.reshape(1, *tile.block))
             continue
         merged = leaf.reshape(parameter.merged)
         for tile in parameter.tiles:
@@ -54,21 +58,37 @@ def scatter(
         stacks: What `gather` returned, with new values.
         like: The gathered tensors; each result has the dtype and strides of its partner.
     """
-    taken = dict.fromkeys(stacks, 0)
+    parts = _split(plan, stacks, like)
     results: list[Tensor | None] = []
     for parameter, leaf in zip(plan.parameters, like, strict=True):
         if leaf is None or not parameter.tiles:
             results.append(leaf)
             continue
-        tiles = []
-        for tile in parameter.tiles:
-            first = taken[tile.stack]
-            # not tile.count: dynamo does not see properties of a plan that it takes as constant
-            last = taken[tile.stack] = first + math.prod(tile.grid)
-            tiles.append(_rectangle_of(stacks[tile.stack][first:last], tile))
+        tiles = [next(parts[tile.stack]) for tile in parameter.tiles]
+        if not _is_one_block(parameter):
+            pairs = zip(tiles, parameter.tiles, strict=True)
+            tiles = [_rectangle_of(blocks, tile) for blocks, tile in pairs]
         whole = _assemble(tiles, parameter).reshape(parameter.shape)
-        results.append(with_layout_of(whole.to(leaf.dtype), leaf))
+        if whole.dtype != leaf.dtype:
+            whole = whole.to(leaf.dtype)
+        results.append(with_layout_of(whole, leaf))
     return results
+
+
+def _is_one_block(parameter: ParameterPlan) -> bool:
+    return parameter.tiles[0].block == parameter.merged
+
+
+def _split(
+    plan: BlockPlan, stacks: dict[str, Tensor], like: Sequence[Tensor | None]
+) -> dict[str, Iterator[Tensor]]:
+    """Cut every stack, at once, into the blocks of one tile after the other."""
+    counts: dict[str, list[int]] = {name: [] for name in stacks}
+    for parameter, leaf in zip(plan.parameters, like, strict=True):
+        for tile in () if leaf is None else parameter.tiles:
+            # not tile.count: dynamo does not see properties of a plan that it takes as constant
+            counts[tile.stack].append(math.prod(tile.grid))
+    return {name: iter(torch.split(stack, counts[name])) for name, stack in stacks.items()}
 
 
 def _blocks_of(merged: Tensor, tile: Tile) -> Tensor:

@@ -10,7 +10,7 @@ from shampoo_func.linalg.bases import (
     qr_basis,
 )
 from shampoo_func.linalg.constant import constant_result
-from shampoo_func.linalg.control import choose, compute_where
+from shampoo_func.linalg.control import choose, compute_where, is_transformed
 from shampoo_func.linalg.decompose import Eigh, eigh
 from shampoo_func.linalg.diagonal import diagonal, with_diagonal
 from shampoo_func.linalg.eigenpairs import eigenpairs
@@ -49,11 +49,14 @@ from shampoo_func.linalg.scaling import (
     align,
     bias_correction,
     compute_dtype,
+    computed_once,
     ema,
     scalar_dtype,
     scaled,
 )
+from shampoo_func.linalg.sides import multiply_both_sides
 from shampoo_func.linalg.solver import Guarded, Root, RootSolver, all_finite, guarded
+from shampoo_func.linalg.statistics import add_gram
 
 __all__ = [
     "AutoRoot",
@@ -76,6 +79,7 @@ __all__ = [
     "Root",
     "RootSolver",
     "SvdPolar",
+    "add_gram",
     "align",
     "all_finite",
     "auto_root",
@@ -85,6 +89,7 @@ __all__ = [
     "choose",
     "compute_dtype",
     "compute_where",
+    "computed_once",
     "constant_result",
     "diagonal",
     "eigenpairs",
@@ -95,8 +100,10 @@ __all__ = [
     "gram",
     "guarded",
     "higher_order_newton_root",
+    "is_transformed",
     "mode_norms",
     "multiply",
+    "multiply_both_sides",
     "newton_db_root",
     "newton_root",
     "newton_schulz_polar",

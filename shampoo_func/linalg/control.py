@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_batchedtensor, maybe_current_level
 
-__all__ = ["choose", "compute_where"]
+from shampoo_func.linalg.constant import constant_result
+
+__all__ = ["choose", "compute_where", "is_recorded", "is_transformed"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -58,8 +60,8 @@ def compute_where(
     if flags.ndim != 1:
         return _chosen(flags, compute(*operands), fallback) if bool(flags.any()) else fallback
     rows = flags.nonzero()[:, 0]
-    if rows.numel() == 0:
-        return fallback
+    if rows.numel() in (0, flags.numel()):  # none or all: nothing to pick and put back
+        return compute(*operands) if rows.numel() else fallback
     results = compute(*(operand[rows] for operand in operands))
     return tuple(
         whole.index_copy(0, rows, part) for whole, part in zip(fallback, results, strict=True)
@@ -85,3 +87,24 @@ def _in_graph(
 
 def _chosen(flags: Tensor, new: Tensors, old: Tensors) -> Tensors:
     return tuple(choose(flags, *pair) for pair in zip(new, old, strict=True))
+
+
+@constant_result  # known when a graph is traced, and guarded by Dynamo
+def is_transformed() -> bool:
+    """Whether the call is inside of a transform of torch.func: vmap, grad, jvp.
+
+    Example:
+        >>> is_transformed(), torch.vmap(lambda x: x + is_transformed())(torch.zeros(1))
+        (False, tensor([1.]))
+    """
+    return maybe_current_level() is not None
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd takes notes of what is done with one of the tensors.
+
+    Example:
+        >>> is_recorded(torch.ones(1)), is_recorded(torch.ones(1, requires_grad=True))
+        (False, True)
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

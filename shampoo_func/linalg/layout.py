@@ -20,6 +20,8 @@ def with_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
         >>> with_layout_of(torch.ones(1, 2, 3, 4), like).stride() == like.stride()
         True
     """
+    if tensor.is_contiguous() and like.is_contiguous():
+        return tensor
     strides: tuple[int, ...] = like.stride()
     order = sorted(range(like.ndim), key=lambda dim: (-strides[dim], dim))
     back = sorted(range(like.ndim), key=lambda position: order[position])

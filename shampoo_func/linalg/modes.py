@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shampoo_func.linalg._shapes import Float
 
-__all__ = ["gram", "mode_norms", "multiply"]
+__all__ = ["gram", "mode_norms", "multiply", "unfold"]
 
 
 def gram(blocks: Float[Tensor, "*shape"], dim: int, order: int) -> Float[Tensor, "*batch d d"]:
@@ -26,7 +26,7 @@ def gram(blocks: Float[Tensor, "*shape"], dim: int, order: int) -> Float[Tensor,
         >>> torch.equal(gram(x, 0, 2), x @ x.mT)
         True
     """
-    unfolded = _unfold(blocks, dim, order)
+    unfolded = unfold(blocks, dim, order)
     return unfolded @ unfolded.mT
 
 
@@ -43,7 +43,7 @@ def mode_norms(blocks: Float[Tensor, "*shape"], dim: int, order: int) -> Float[T
         >>> mode_norms(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0, 2)
         tensor([ 5., 25.])
     """
-    return _unfold(blocks, dim, order).square().sum(-1)
+    return unfold(blocks, dim, order).square().sum(-1)
 
 
 def multiply(
@@ -75,7 +75,7 @@ def multiply(
     return product.reshape(moved.shape).movedim(batch, batch + dim)
 
 
-def _unfold(blocks: Tensor, dim: int, order: int) -> Tensor:
+def unfold(blocks: Tensor, dim: int, order: int) -> Tensor:
     """Return every block as a matrix with one row per index of `dim`."""
     batch = blocks.ndim - order
     moved = blocks.movedim(batch + dim, batch)

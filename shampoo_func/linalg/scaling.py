@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from shampoo_func.linalg.control import is_transformed
 from shampoo_func.types import Scalar
 
-__all__ = ["align", "bias_correction", "compute_dtype", "ema", "scalar_dtype", "scaled"]
+__all__ = [
+    "align",
+    "bias_correction",
+    "compute_dtype",
+    "computed_once",
+    "ema",
+    "scalar_dtype",
+    "scaled",
+]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,8 +35,10 @@ def align(value: Scalar, like: torch.Tensor) -> Scalar:
     Numbers and 0-d tensors broadcast as they are. The dtype becomes the one in which `like`
     is computed, so that a float64 scalar does not turn a float32 tensor into float64.
     """
-    if not isinstance(value, torch.Tensor):
-        return value
+    return _aligned(value, like) if isinstance(value, torch.Tensor) else value
+
+
+def _aligned(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     wanted = compute_dtype(like.dtype)
     if value.ndim == 0 and like.dtype == wanted:
         return value.to(wanted)  # DTensor warns of a shape of ones, and needs none
@@ -54,4 +66,22 @@ def bias_correction(decay: Scalar, step: torch.Tensor, like: torch.Tensor) -> to
         like: The average that is to be corrected.
     """
     correction = 1 - decay ** step.to(scalar_dtype(step.device))
-    return align(correction, like)  # type: ignore[return-value]
+    return computed_once(_aligned(correction, like))
+
+
+def computed_once(value: torch.Tensor) -> torch.Tensor:
+    """Return the value as it is, in a compiled graph from memory.
+
+    Inductor computes a value again wherever it is used: a correction per block for every
+    element that it is combined with, a power in double precision among them, which tripled the
+    time of AdamW on a CPU; a moving average once for the update and once more, at the end of
+    the step, for the state. A strided view has to be of something that is in memory.
+
+    Args:
+        value: A tensor that is used more than once.
+    """
+    if not torch.compiler.is_compiling() or is_transformed():
+        return value
+    if is_traceable_wrapper_subclass(value):  # a DTensor has no strided views
+        return value
+    return value.as_strided(value.shape, value.stride())

@@ -24,6 +24,7 @@ from shampoo_func.preconditioners.scalar import (
     scalar_second_moment,
 )
 from shampoo_func.preconditioners.sign import Sign, SignScale, SignState, sign_preconditioner
+from shampoo_func.preconditioners.subsampled import Subsampled, SubsampledState, subsampled
 
 __all__ = [
     "Eigendecomposed",
@@ -47,6 +48,8 @@ __all__ = [
     "Sign",
     "SignScale",
     "SignState",
+    "Subsampled",
+    "SubsampledState",
     "eigendecomposed",
     "graft",
     "identity_preconditioner",
@@ -57,4 +60,5 @@ __all__ = [
     "scalar_second_moment",
     "second_moment",
     "sign_preconditioner",
+    "subsampled",
 ]

@@ -55,7 +55,7 @@ class SecondMoment(Preconditioner):
             new = (moment * linalg.align(self.beta2, moment) + grads * grads).to(moment.dtype)
         else:
             new = linalg.ema(moment, grads * grads, self.beta2)
-        return SecondMomentState(state.step + 1, new)
+        return SecondMomentState(state.step + 1, linalg.computed_once(new))
 
     def refresh(self, state: SecondMomentState) -> SecondMomentState:
         """Return the state as it is: nothing is derived from the moment."""

@@ -92,10 +92,8 @@ class Factors:
             if whiten is not None:
                 for other in preconditioned(factors):
                     own = own if other == dim else whiten(own, other)
-            new = linalg.gram(own, dim, order)
-            if self.normalize:
-                new = new * (factors[dim].shape[-1] / self.size(factors, grads))
-            after[dim] = self._added(factors[dim], new)
+            share = factors[dim].shape[-1] / self.size(factors, grads) if self.normalize else 1.0
+            after[dim] = self._added(factors[dim], own, dim, order, share)
         return tuple(after)
 
     def corrected(self, factor: Tensor, step: Tensor, epsilon: Scalar) -> Tensor:
@@ -109,10 +107,15 @@ class Factors:
             factor = factor * trace.pow(-self.trace_scaling)[..., None, None]
         return factor
 
-    def _added(self, factor: Tensor, new: Tensor) -> Tensor:
-        if self._sums:
-            return (factor + new).to(factor.dtype)
-        if self.drop_weighting:
+    def _added(self, factor: Tensor, grads: Tensor, dim: int, order: int, share: float) -> Tensor:
+        """Return the factor with the Gram matrices of gradients, times `share`, taken in."""
+        if not isinstance(self.beta2, Tensor) and factor.dtype == grads.dtype:
+            weight = 1.0 if self._sums or self.drop_weighting else 1 - self.beta2
+            return linalg.add_gram(
+                factor, grads, dim, order, decay=self.beta2, weight=weight * share
+            )
+        new = linalg.gram(grads, dim, order) * share
+        if self._sums or self.drop_weighting:
             return (linalg.scaled(factor, self.beta2) + new).to(factor.dtype)
         return linalg.ema(factor, new, self.beta2)
 

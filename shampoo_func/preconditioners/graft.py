@@ -63,9 +63,15 @@ class Graft(Preconditioner):
         """Rescale the direction, block by block, to the norm of the grafted method's update."""
         batch = state.started.ndim
         magnitude = self.magnitude.apply(state.magnitude, updates)
+        norm = _norm(magnitude, batch)
+        if self.direction.starts_as_identity(updates.dtype):
+            # what has not started passes through untouched, and need not be kept beside it
+            own = linalg.choose(state.started, updates, magnitude)
+            direction = self.direction.apply(state.direction, own)
+            ratio = norm / (_norm(direction, batch) + _TINY)
+            return linalg.scaled(direction, torch.where(state.started, ratio, 1.0))
         direction = self.direction.apply(state.direction, updates)
-        ratio = _norm(magnitude, batch) / (_norm(direction, batch) + _TINY)
-        grafted = linalg.scaled(direction, ratio)
+        grafted = linalg.scaled(direction, norm / (_norm(direction, batch) + _TINY))
         return linalg.choose(state.started, grafted, magnitude)
 
     def reads(self, function: str) -> frozenset[str] | None:

@@ -51,6 +51,7 @@ class Kronecker(Preconditioner):
     root: linalg.Guarded = field(default_factory=_default_root)
     kl: bool = False
     root_dtype: torch.dtype | None = None
+    apply_dtype: torch.dtype | None = None
 
     def init(self, block: Tensor) -> KroneckerState:
         """Return zero factors and identity roots for one block."""
@@ -89,12 +90,27 @@ class Kronecker(Preconditioner):
 
     def apply(self, state: KroneckerState, updates: Tensor) -> Tensor:
         """Multiply every dimension by its root; in a matrix block, X_1 U X_2."""
+        dims = list(preconditioned(state.factors))
+        roots = {dim: self._applied(state.roots[dim]) for dim in dims}
         order = len(state.factors)
-        result = updates
-        for dim in preconditioned(state.factors):
-            root = state.roots[dim].to(linalg.compute_dtype(state.roots[dim].dtype))
-            result = linalg.multiply(result.to(root.dtype), root, dim, order)
+        if order == 2 and len(dims) == 2:
+            result = updates.to(roots[0].dtype)
+            result = linalg.multiply_both_sides(roots[0], result, roots[1])
+        else:
+            result = updates
+            for dim, root in roots.items():
+                result = linalg.multiply(result.to(root.dtype), root, dim, order)
         return linalg.with_layout_of(result.to(updates.dtype), updates)
+
+    def _applied(self, root: Tensor) -> Tensor:
+        """Return a root in the dtype in which it is multiplied."""
+        return root.to(self.apply_dtype or linalg.compute_dtype(root.dtype))
+
+    def starts_as_identity(self, dtype: torch.dtype) -> bool:
+        """Roots are identities at first, and their dtype usually holds the updates'."""
+        factor = self.factors.dtype or linalg.compute_dtype(dtype)
+        applied = linalg.compute_dtype(self.root_dtype or factor)
+        return self.apply_dtype is None and torch.promote_types(applied, dtype) == applied
 
     def block_shape(self, state: KroneckerState) -> tuple[int | None, ...]:
         """Return the sizes of the factors; None for a dimension that has none."""
@@ -130,6 +146,7 @@ def kronecker(
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
+    apply_dtype: torch.dtype | None = None,
 ) -> Kronecker:
     """Shampoo's preconditioner: the Kronecker product of one factor per dimension.
 
@@ -165,6 +182,9 @@ def kronecker(
             factors if not given.
         product_dtype: dtype of the products of gradients, float32 or float64; as the factors,
             and at least float32, if not given.
+        apply_dtype: dtype of the products with the roots; the roots' own, and at least float32,
+            if not given. bfloat16 halves their time or better, at a relative error of about
+            0.4 % of the direction; statistics and roots are not touched by it.
 
     Raises:
         HyperparameterError: If a number is out of range.
@@ -181,6 +201,7 @@ def kronecker(
                 [0., 1., 0.]])
     """
     check_dtype("root_dtype", root_dtype)
+    check_dtype("apply_dtype", apply_dtype)
     factors = factors_of(
         beta2,
         bias_correction=bias_correction,
@@ -193,7 +214,7 @@ def kronecker(
         dtype=factor_dtype,
         product_dtype=product_dtype,
     )
-    return Kronecker(factors, _guarded(root), kl, root_dtype)
+    return Kronecker(factors, _guarded(root), kl, root_dtype, apply_dtype)
 
 
 def _guarded(root: linalg.RootSolver | linalg.Guarded | str | None) -> linalg.Guarded:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.codecs import Codec
-from shampoo_func.errors import HyperparameterError, check_choice
+from shampoo_func.errors import HyperparameterError, check_choice, check_count
 from shampoo_func.preconditioners import (
     graft,
     identity_preconditioner,
     kronecker,
     quantized,
     second_moment,
+    subsampled,
 )
 from shampoo_func.recipes.decay import DecayKind, decay_of
 from shampoo_func.recipes.parts import is_zero, unless_zero
@@ -70,6 +71,8 @@ def shampoo(
     policy: Policy | None = None,
     factor_dtype: torch.dtype | None = None,
     root_dtype: torch.dtype | None = None,
+    apply_dtype: torch.dtype | None = None,
+    statistics_every: int = 1,
     storage: Codec | Mapping[str, Codec] | None = None,
     averaging: IterateAveraging | None = None,
     eval_interpolation: Scalar = 0.9,
@@ -121,6 +124,8 @@ def shampoo(
             `refresh_every` and `start`.
         factor_dtype: dtype of the factors.
         root_dtype: dtype of the roots.
+        apply_dtype: dtype of the products with the roots, e.g. bfloat16, see `kronecker`.
+        statistics_every: Take only every k-th gradient into the factors, see `subsampled`.
         storage: A codec, or codecs by role, for what is kept of factors, roots and grafting
             moments between steps, see `quantized`.
         averaging: Iterate averaging in the place of momentum: "primal_averaging" (GPA) or
@@ -159,7 +164,11 @@ def shampoo(
         trace_scaling=trace_scaling,
         factor_dtype=factor_dtype,
         root_dtype=root_dtype,
+        apply_dtype=apply_dtype,
     )
+    check_count("statistics_every", statistics_every)
+    if statistics_every > 1:
+        direction = subsampled(direction, every=statistics_every)
     magnitude = _grafted_method(grafting, beta2, grafting_epsilon)
     averaged = ema(beta1, bias_correction=bias_correction, lookahead=beta3)
     preconditioner = (

@@ -90,7 +90,8 @@ class Ema(Transformation):
             mean = new if self.lookahead is None else linalg.ema(*_wide(old, update), ahead)
             if self.bias_correction:
                 before = self.decay ** (count - 1).to(linalg.scalar_dtype(count.device))
-                mean = mean / linalg.align(1 - ahead * before, mean)
+                correction = torch.as_tensor(linalg.align(1 - ahead * before, mean))
+                mean = linalg.computed_once(mean / linalg.computed_once(correction))
             return mean.to(update.dtype)
 
         out = tree.map(seen, updates, state.ema, average, step)

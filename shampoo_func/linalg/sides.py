@@ -1,0 +1,70 @@
+"""Multiplying matrix blocks from both sides, a few at a time, so that the half product is small."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shampoo_func.linalg._shapes import Float
+from shampoo_func.linalg.control import is_recorded, is_transformed
+
+__all__ = ["multiply_both_sides"]
+
+# Elements of a half product that is held at once on a CPU: it should stay in cache.
+_PIECE = 2**19
+
+
+def multiply_both_sides(
+    left: Float[Tensor, "*batch m m"],
+    blocks: Float[Tensor, "*batch m n"],
+    right: Float[Tensor, "*batch n n"],
+) -> Float[Tensor, "*batch m n"]:
+    """Return `left @ blocks @ right^T`.
+
+    Args:
+        left: `[*batch, m, m]`.
+        blocks: `[*batch, m, n]`, of the same dtype.
+        right: `[*batch, n, n]`.
+
+    Example:
+        >>> multiply_both_sides(2 * torch.eye(2), torch.ones(2, 1), torch.full((1, 1), 3.0))
+        tensor([[6.],
+                [6.]])
+    """
+    if is_transformed() or is_recorded(left, blocks, right):
+        return left @ blocks @ right.transpose(-1, -2)
+    if torch.compiler.is_compiling():
+        new = blocks.clone()  # gone from the graph, unless something else reads the blocks
+        _multiply_(left, new, right)
+        return new
+    new = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    return _multiplied(left, blocks, right, new)
+
+
+def _multiplied(left: Tensor, blocks: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write the products into `out`, which may be `blocks`."""
+    rows, columns = blocks.shape[-2:]
+    stacks = [
+        own.reshape(-1, *own.shape[-2:]) for own in (left, blocks, right.transpose(-1, -2), out)
+    ]
+    size = rows * columns
+    piece = max(1, _PIECE // max(1, size)) if blocks.device.type == "cpu" else len(stacks[0])
+    for first in range(0, len(stacks[0]), max(1, piece)):
+        own, block, other, result = (stack[first : first + piece] for stack in stacks)
+        torch.bmm(own @ block, other, out=result)
+    return out
+
+
+# the schema is written out: it cannot be inferred where jaxtyping wraps the annotations
+@torch.library.custom_op(
+    "shampoo_func::multiply_both_sides_",
+    mutates_args=("blocks",),
+    schema="(Tensor left, Tensor(a!) blocks, Tensor right) -> ()",
+)
+def _multiply_(left: Tensor, blocks: Tensor, right: Tensor) -> None:
+    _multiplied(left, blocks, right, blocks)
+
+
+@_multiply_.register_fake
+def _fake(left: Tensor, blocks: Tensor, right: Tensor) -> None:
+    return None
