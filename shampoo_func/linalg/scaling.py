@@ -82,6 +82,7 @@ def computed_once(value: torch.Tensor) -> torch.Tensor:
     """
     if not torch.compiler.is_compiling() or is_transformed():
         return value
-    if is_traceable_wrapper_subclass(value):  # a DTensor has no strided views
+    wrapper: bool = is_traceable_wrapper_subclass(value)
+    if wrapper:  # a DTensor has no strided views
         return value
     return value.as_strided(value.shape, value.stride())
