@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["with_layout_of"]
+from shampoo_func.linalg._shapes import Float
+
+__all__ = ["stacked", "with_layout_of"]
 
 
 def with_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -26,3 +28,14 @@ def with_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
     order = sorted(range(like.ndim), key=lambda dim: (-strides[dim], dim))
     back = sorted(range(like.ndim), key=lambda position: order[position])
     return tensor.permute(order).contiguous().permute(back)
+
+
+def stacked(matrices: Float[Tensor, "*batch m n"]) -> Float[Tensor, "count m n"]:
+    """Return matrices with one batch dimension: a view, where the strides allow one.
+
+    Example:
+        >>> import torch
+        >>> stacked(torch.zeros(4, 0)).shape, stacked(torch.zeros(2, 3, 4, 5)).shape
+        (torch.Size([1, 4, 0]), torch.Size([6, 4, 5]))
+    """
+    return matrices.flatten(0, -3) if matrices.ndim > 2 else matrices.unsqueeze(0)

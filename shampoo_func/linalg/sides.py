@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shampoo_func.linalg._shapes import Float
 from shampoo_func.linalg.control import is_recorded, is_transformed
+from shampoo_func.linalg.layout import stacked
 
 __all__ = ["multiply_both_sides"]
 
@@ -44,9 +45,9 @@ def multiply_both_sides(
 def _multiplied(left: Tensor, blocks: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write the products into `out`, which may be `blocks`."""
     rows, columns = blocks.shape[-2:]
-    stacks = [
-        own.reshape(-1, *own.shape[-2:]) for own in (left, blocks, right.transpose(-1, -2), out)
-    ]
+    # view, not reshape: a copy would be written in vain
+    into = out.view(out.shape[:-2].numel(), rows, columns)
+    stacks = (stacked(left), stacked(blocks), stacked(right.transpose(-1, -2)), into)
     size = rows * columns
     piece = max(1, _PIECE // max(1, size)) if blocks.device.type == "cpu" else len(stacks[0])
     for first in range(0, len(stacks[0]), max(1, piece)):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shampoo_func.linalg._shapes import Float
 from shampoo_func.linalg.control import is_recorded, is_transformed
+from shampoo_func.linalg.layout import stacked
 from shampoo_func.linalg.modes import unfold
 
 __all__ = ["add_gram"]
@@ -48,14 +49,9 @@ def add_gram(
         new = factor.clone()
         _add_gram_(new, rows, decay, weight)
         return new
-    stack, rows = _stacked(factor), _stacked(rows)
+    stack, rows = stacked(factor), stacked(rows)
     added = torch.baddbmm(stack, rows, rows.transpose(-1, -2), beta=decay, alpha=weight)
     return added.reshape(factor.shape)
-
-
-def _stacked(matrices: Tensor) -> Tensor:
-    """Return `[*batch, m, n]` with one batch dimension."""
-    return matrices.reshape(-1, *matrices.shape[-2:])
 
 
 # the schema is written out: it cannot be inferred where jaxtyping wraps the annotations
@@ -65,7 +61,8 @@ def _stacked(matrices: Tensor) -> Tensor:
     schema="(Tensor(a!) factor, Tensor rows, float decay, float weight) -> ()",
 )
 def _add_gram_(factor: Tensor, rows: Tensor, decay: float, weight: float) -> None:
-    own, rows = factor.view(-1, *factor.shape[-2:]), _stacked(rows)
+    # view, not reshape: a copy would be written in vain
+    own, rows = factor.view(factor.shape[:-2].numel(), *factor.shape[-2:]), stacked(rows)
     own.baddbmm_(rows, rows.transpose(-1, -2), beta=decay, alpha=weight)
 
 
