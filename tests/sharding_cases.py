@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compiling import fresh_compiler, graph_count, whole_graph
 from torch._dynamo import lookup_backend
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -432,6 +433,34 @@ def compiled(rank: int, world: int, storage: str) -> tuple[float, int]:
         for a, b in zip(eager.values(), quick.values(), strict=True)
     ]
     return max(_apart(a, b) for a, b in locals_of), len(graphs)
+
+
+def compiled_and_donated(rank: int, world: int) -> tuple[float, int]:
+    """Return how far Inductor's donated step is from the eager one, and how many graphs it took."""
+    mesh = mesh_of((-1,), world)
+    shapes: dict[str, tuple[int, ...]] = {"w": (8, 4)}
+    placements: list[Placement] = [Shard(0)]
+    tx = grafted(mesh=mesh)
+
+    def step(params: Any, state: Any, grads: Any, refresh: bool) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params, refresh=refresh)
+        return sf.apply_updates(params, updates), state
+
+    params = {k: stored(v, mesh, placements) for k, v in random_tree(shapes, 0).items()}
+    state = tx.init(params)
+    own: Any = {k: stored(v.clone(), mesh, placements) for k, v in random_tree(shapes, 0).items()}
+    held = tx.init(own)
+    addresses = [_local(leaf).data_ptr() for leaf in tree.leaves((own, held))]
+    with fresh_compiler() as counter:
+        quick = whole_graph(sf.donate(step), counter)
+        for number in range(1, 5):
+            grads = {k: stored(v, mesh, placements) for k, v in random_tree(shapes, number).items()}
+            params, state = step(params, state, grads, number % 2 == 0)
+            own, held = quick(own, held, grads, number % 2 == 0)
+        graphs = graph_count(quick)
+    assert addresses == [_local(leaf).data_ptr() for leaf in tree.leaves((own, held))]
+    pairs = zip(tree.leaves((own, held)), tree.leaves((params, state)), strict=True)
+    return max(_apart(_local(a).double(), _local(b).double()) for a, b in pairs), graphs
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -182,6 +182,14 @@ def test_whole_step_compiles_in_two_graphs(storage: str) -> None:
     assert {graphs for _, graphs in answers} == {2}
 
 
+@pytest.mark.slow
+def test_whole_step_by_inductor_donated() -> None:
+    """Two ranks, DTensors in and out: two graphs, the same numbers, nothing moves in memory."""
+    answers = workers.pool(2).run(cases.compiled_and_donated, seconds=400.0)
+    assert max(error for error, _ in answers) < 1e-12
+    assert {graphs for _, graphs in answers} == {2}
+
+
 def test_vmap_is_refused() -> None:
     """Collectives under vmap would return wrong values."""
     answers = workers.pool(2).outcomes(cases.batched)
