@@ -467,6 +467,30 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item() if a.numel() else 0.0
 
 
+def as_dtensors(rank: int, world: int, storage: str, transport: Any = None) -> bool:
+    """Whether a state as DTensors has the rows of one process, and comes back as it was."""
+    shape, own, grad = STORAGES[storage]
+    mesh = mesh_of(shape, world)
+    tx = grafted(mesh=mesh, transport=transport)
+    params = {k: stored(v, mesh, own) for k, v in random_tree(SHAPES, 0).items()}
+    grads = [{k: stored(v, mesh, grad) for k, v in random_tree(SHAPES, 1).items()}]
+    _, state = train(tx, params, grads)
+    _, alone = train(grafted(), random_tree(SHAPES, 0), [random_tree(SHAPES, 1)])
+    spread = sf.state_as_dtensors(tx, state, params)
+    good = True
+    stage = next(iter(alone))
+    for name, stack in alone[stage].items():
+        moments = spread[stage][name]["precondition"].preconditioner.magnitude.second_moment
+        assert isinstance(moments, DTensor)
+        whole = moments.full_tensor().flatten(1)
+        rows = sorted(row.tolist() for row in whole if row.any())
+        wanted = stack["precondition"].preconditioner.magnitude.second_moment.flatten(1)
+        good &= rows == sorted(row.tolist() for row in wanted)
+    back = sf.state_from_dtensors(tx, spread, params)
+    pairs = zip(tree.leaves(back), tree.leaves(state), strict=True)
+    return good and all(torch.equal(_local(a), _local(b)) for a, b in pairs)
+
+
 def batched(rank: int, world: int) -> str:
     """Call a sharded transformation under vmap."""
     mesh = mesh_of((-1,), world)

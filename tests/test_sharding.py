@@ -190,6 +190,18 @@ def test_whole_step_by_inductor_donated() -> None:
     assert {graphs for _, graphs in answers} == {2}
 
 
+@pytest.mark.parametrize(("world", "storage"), [(2, "plain"), (4, "shard0"), (4, "hsdp")])
+def test_states_as_dtensors_are_whole_and_come_back(world: int, storage: str) -> None:
+    """Every rank gathers the same rows, those of one process, and its own state back."""
+    assert all(workers.pool(world).run(cases.as_dtensors, storage))
+
+
+def test_states_that_no_rank_owns_are_no_dtensors() -> None:
+    """Local blocks have no global tensor."""
+    answers = workers.pool(2).outcomes(cases.as_dtensors, "plain", sf.refresh_sharded())
+    assert [own.kind for own in answers] == ["ShardingError"] * 2
+
+
 def test_vmap_is_refused() -> None:
     """Collectives under vmap would return wrong values."""
     answers = workers.pool(2).outcomes(cases.batched)

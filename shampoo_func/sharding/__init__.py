@@ -4,8 +4,16 @@ from shampoo_func.sharding.batched import check_not_batched
 from shampoo_func.sharding.check import check_plan
 from shampoo_func.sharding.costs import Cost, byte_cost, cubic_cost
 from shampoo_func.sharding.counting import CountCollectives
-from shampoo_func.sharding.dtensors import as_local, kinds_of, stored_like, whole_norms, wrapped
-from shampoo_func.sharding.exchange import Exchange, Here, LocalExchange, Request
+from shampoo_func.sharding.dtensors import (
+    as_local,
+    from_shards,
+    kinds_of,
+    stored_like,
+    to_shards,
+    whole_norms,
+    wrapped,
+)
+from shampoo_func.sharding.exchange import Exchange, Here, LocalExchange, OwnedExchange, Request
 from shampoo_func.sharding.plan import ShardPlan, balance, plan_shards
 from shampoo_func.sharding.refresh import RefreshExchange, SharedRefresh, Shares
 from shampoo_func.sharding.settings import Cut, Sharding, sharding
@@ -27,6 +35,7 @@ __all__ = [
     "Exchange",
     "Here",
     "LocalExchange",
+    "OwnedExchange",
     "RefreshExchange",
     "Request",
     "ShardLocalExchange",
@@ -44,6 +53,7 @@ __all__ = [
     "check_not_batched",
     "check_plan",
     "cubic_cost",
+    "from_shards",
     "kinds_of",
     "plan_shards",
     "reduce_scatter",
@@ -51,6 +61,7 @@ __all__ = [
     "shard_local",
     "sharding",
     "stored_like",
+    "to_shards",
     "whole_norms",
     "wrapped",
 ]

@@ -12,9 +12,19 @@ from torch.nn import Parameter
 from shampoo_func.sharding.storage import Kind, local_indices
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["as_local", "is_dtensor", "kinds_of", "stored_like", "whole_norms", "wrapped"]
+__all__ = [
+    "as_local",
+    "from_shards",
+    "is_dtensor",
+    "kinds_of",
+    "stored_like",
+    "to_shards",
+    "whole_norms",
+    "wrapped",
+]
 
 
 def is_dtensor(leaf: Any) -> TypeGuard[DTensor]:
@@ -119,3 +129,26 @@ def whole_norms(norms: list[Tensor]) -> list[Tensor]:
         total: Any = torch.linalg.vector_norm(torch.stack(group))
         plain.append(total.full_tensor())
     return plain
+
+
+def to_shards(rows: Tensor, count: int, mesh: DeviceMesh) -> Tensor:
+    """Return every rank's rows, filled up with zeros, as one tensor `[ranks * count, ...]`.
+
+    Args:
+        rows: This rank's, `[n, ...]`.
+        count: How many every rank is to have, at least n.
+        mesh: The ranks, in one dimension.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    missing = rows.new_zeros((count - rows.shape[0], *rows.shape[1:]))
+    local = torch.cat([rows, missing])
+    shape = torch.Size((mesh.size() * count, *rows.shape[1:]))
+    return DTensor.from_local(
+        local, mesh, [Shard(0)], run_check=False, shape=shape, stride=local.stride()
+    )
+
+
+def from_shards(tensor: Tensor, count: int) -> Tensor:
+    """Return the first rows of this rank's part of what `to_shards` returned."""
+    return as_local(tensor)[:count].clone()

@@ -86,6 +86,21 @@ class Sharding:
             present,
         )
 
+    def flat_mesh(self) -> DeviceMesh:
+        """Return the mesh in one dimension; every rank must call it.
+
+        Raises:
+            ShardingError: If its ranks are not in ascending order.
+        """
+        flat = self.mesh if self.mesh.ndim == 1 else self.mesh._flatten()
+        order = tuple(flat.mesh.flatten().tolist())
+        if order != self.ranks:
+            raise ShardingError(
+                f"the mesh has its ranks in the order {order}, blocks in the order {self.ranks}; "
+                "build it by init_device_mesh."
+            )
+        return flat
+
     def largest(self, number: int) -> int:
         """Return the largest of the numbers that the ranks have; every rank must call it."""
         device = torch.device(self.mesh.device_type)

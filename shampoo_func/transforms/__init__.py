@@ -30,6 +30,7 @@ from shampoo_func.transforms.clipping import (
     global_norm,
 )
 from shampoo_func.transforms.decay import AddDecayedWeights, add_decayed_weights
+from shampoo_func.transforms.dtensor_state import state_as_dtensors, state_from_dtensors
 from shampoo_func.transforms.evaluate import eval_params
 from shampoo_func.transforms.failures import check_failures
 from shampoo_func.transforms.finite import ApplyIfFinite, ApplyIfFiniteState, apply_if_finite
@@ -163,7 +164,9 @@ __all__ = [
     "sharded",
     "shardings",
     "staggered",
+    "state_as_dtensors",
     "state_bytes",
+    "state_from_dtensors",
     "state_report",
     "trace",
     "warmup_cosine_decay_schedule",

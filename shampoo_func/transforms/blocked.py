@@ -25,10 +25,12 @@ from shampoo_func.sharding import (
     LocalExchange,
     RefreshExchange,
     Sharding,
+    ShardPlan,
     Transport,
     as_local,
     check_not_batched,
     kinds_of,
+    plan_shards,
     sharding,
     wrapped,
 )
@@ -131,6 +133,13 @@ class Blocked(Wrapper):
         """Return, for every parameter, the blocks whose state this rank has."""
         leaves = tree.leaves(params)
         return self.exchange(params, leaves, (True,) * len(leaves)).here()
+
+    def shard_plan(self, params: Tree) -> ShardPlan:
+        """Return blocks and owners; one owner without a mesh."""
+        cut = self._cut(params)
+        if self.sharding is not None:
+            return self.sharding.plan(cut)
+        return plan_shards(self.plan(params), cut.paths, 1)
 
     def _cut(self, params: Tree) -> Cut:
         specs = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.leaves(params))
