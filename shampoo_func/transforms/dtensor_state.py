@@ -71,8 +71,8 @@ Convert = Callable[[Blocked, Sharding, dict[str, Any], Tree], dict[str, Any]]
 def _converted(tx: Transformation, state: Any, params: Tree, convert: Convert) -> Any:
     """Return a state with those of the sharded `blocked` stages in it converted."""
     if isinstance(tx, Blocked):
-        own = tx.sharding
-        return state if own is None else convert(tx, own, state, params)
+        ranks = tx.sharding
+        return state if ranks is None else convert(tx, ranks, state, params)
     parts = sub_states(tx, state, params)
     if parts is not None:
         own = {part.name: _converted(part.tx, part.state, part.params, convert) for part in parts}
