@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +13,9 @@ from shampoo_func.linalg._shapes import Float
 from shampoo_func.linalg.scaling import compute_dtype
 from shampoo_func.linalg.solver import Root, RootSolver, all_finite, identity_root
 from shampoo_func.types import Scalar
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 __all__ = ["ScaledRoot", "Solution", "check_damping", "eye_like", "frobenius", "identity_error"]
 
@@ -132,6 +134,8 @@ def check_constant(name: str, value: Any) -> None:
 
 def rational(exponent: float) -> Fraction:
     """Return a fraction with a denominator of at most 100, which may be a poor approximation."""
+    from fractions import Fraction  # imports decimal too: not worth the time at every start
+
     return Fraction(exponent).limit_denominator(100)
 
 
