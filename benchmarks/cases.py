@@ -52,6 +52,11 @@ def adamw(block_size: int) -> sf.Transformation:
     return sf.adamw(1e-3, weight_decay=0.01)
 
 
+def adamw_stacked(block_size: int) -> sf.Transformation:
+    """Return the same AdamW on stacks of equal shapes, as many small parameters want it."""
+    return sf.blocked(adamw(block_size), block_size=None)
+
+
 @dataclass(slots=True)
 class Run:
     """Parameters and state on their way through the steps of one transformation."""
@@ -172,15 +177,23 @@ CASES: dict[str, Callable[[Problem], Case]] = {
     "soap-compiled": _ours("soap-compiled", soap, True),
     "adamw-compiled": _ours("adamw-compiled", adamw, True),
     "adamw-eager": _ours("adamw-eager", adamw, False),
+    "adamw-stacked-eager": _ours("adamw-stacked-eager", adamw_stacked, False),
     "torch-adamw-fused": _torch_adamw("torch-adamw-fused", True),
     "torch-adamw-foreach": _torch_adamw("torch-adamw-foreach", False),
     "torch-muon": torch_muon,
 }
 
 LARGE_CASES = tuple(
-    name for name in CASES if name not in ("shampoo-eager", "soap-compiled", "adamw-eager")
+    name
+    for name in CASES
+    if name not in ("shampoo-eager", "soap-compiled", "adamw-eager", "adamw-stacked-eager")
 )
 """What is timed on large sets."""
 
-SMALL_LEAVES_CASES = ("adamw-eager", "torch-adamw-fused", "torch-adamw-foreach")
+SMALL_LEAVES_CASES = (
+    "adamw-stacked-eager",
+    "adamw-eager",
+    "torch-adamw-fused",
+    "torch-adamw-foreach",
+)
 """What is timed on a tree of thousands of leaves, which compiles for many minutes."""
