@@ -1,128 +1,136 @@
 """Shampoo and its family as pure functions on PyTorch."""
 
-from shampoo_func.checkpoint import (
-    checkpoint_path,
-    from_state_dict,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    save_checkpoint_async,
-    to_state_dict,
-)
-from shampoo_func.codecs import (
-    Codec,
-    bfloat16_codec,
-    eight_bit,
-    four_bit_cholesky,
-    four_bit_eigen,
-    symmetric_packing,
-)
-from shampoo_func.errors import ShampooFuncError
-from shampoo_func.linalg import (
-    PseudoInverse,
-    auto_root,
-    chebyshev_root,
-    cholesky_root,
-    eigh_basis,
-    eigh_root,
-    guarded,
-    higher_order_newton_root,
-    newton_db_root,
-    newton_root,
-    newton_schulz_polar,
-    newton_schulz_root,
-    polar_express,
-    qr_basis,
-    svd_polar,
-)
-from shampoo_func.preconditioners import (
-    eigendecomposed,
-    graft,
-    identity_preconditioner,
-    in_eigenbasis,
-    kronecker,
-    polar,
-    quantized,
-    scalar_second_moment,
-    second_moment,
-    sign_preconditioner,
-    subsampled,
-)
-from shampoo_func.recipes import (
-    adagrad,
-    adamw,
-    kl_shampoo,
-    kl_soap,
-    muon,
-    rmsprop,
-    sgd,
-    shampoo,
-    sign_sgd,
-    soap,
-    spectral_descent,
-)
-from shampoo_func.sharding import (
-    Cost,
-    Transport,
-    all_gather,
-    all_to_all,
-    byte_cost,
-    cubic_cost,
-    reduce_scatter,
-    refresh_sharded,
-    shard_local,
-)
-from shampoo_func.torch_optim import ShampooOptimizer, as_optimizer
-from shampoo_func.training import apply_updates, donate, refresh_due, stack_copies, sweep
-from shampoo_func.transforms import (
-    accumulate,
-    adaptive,
-    add_decayed_weights,
-    apply_if_finite,
-    blocked,
-    chain,
-    check_failures,
-    check_masks,
-    clip,
-    clip_by_global_norm,
-    constant_schedule,
-    cosine_decay_schedule,
-    ema,
-    eval_params,
-    every,
-    global_norm,
-    identity,
-    join_schedules,
-    linear_schedule,
-    masked,
-    parameter_state,
-    partition,
-    piecewise_constant_schedule,
-    precondition,
-    primal_averaging,
-    probabilistic,
-    scale,
-    scale_by_adam,
-    scale_by_learning_rate,
-    scale_by_rms,
-    scale_by_rss,
-    scale_by_schedule,
-    scale_by_shampoo,
-    schedule_free,
-    sharded,
-    staggered,
-    state_as_dtensors,
-    state_bytes,
-    state_from_dtensors,
-    state_report,
-    trace,
-    warmup_cosine_decay_schedule,
-    warmup_stable_decay_schedule,
-    weight_ema,
-    weight_lawa,
-    with_hyperparams,
-)
-from shampoo_func.types import Preconditioner, RefreshPolicy, Transformation
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Read by type checkers; Python imports a room when one of its names is first used, see below.
+_AT_ONCE: bool = False
+if _AT_ONCE:
+    from shampoo_func.checkpoint import (
+        checkpoint_path,
+        from_state_dict,
+        latest_checkpoint,
+        load_checkpoint,
+        save_checkpoint,
+        save_checkpoint_async,
+        to_state_dict,
+    )
+    from shampoo_func.codecs import (
+        Codec,
+        bfloat16_codec,
+        eight_bit,
+        four_bit_cholesky,
+        four_bit_eigen,
+        symmetric_packing,
+    )
+    from shampoo_func.errors import ShampooFuncError
+    from shampoo_func.linalg import (
+        PseudoInverse,
+        auto_root,
+        chebyshev_root,
+        cholesky_root,
+        eigh_basis,
+        eigh_root,
+        guarded,
+        higher_order_newton_root,
+        newton_db_root,
+        newton_root,
+        newton_schulz_polar,
+        newton_schulz_root,
+        polar_express,
+        qr_basis,
+        svd_polar,
+    )
+    from shampoo_func.preconditioners import (
+        eigendecomposed,
+        graft,
+        identity_preconditioner,
+        in_eigenbasis,
+        kronecker,
+        polar,
+        quantized,
+        scalar_second_moment,
+        second_moment,
+        sign_preconditioner,
+        subsampled,
+    )
+    from shampoo_func.recipes import (
+        adagrad,
+        adamw,
+        kl_shampoo,
+        kl_soap,
+        muon,
+        rmsprop,
+        sgd,
+        shampoo,
+        sign_sgd,
+        soap,
+        spectral_descent,
+    )
+    from shampoo_func.sharding import (
+        Cost,
+        Transport,
+        all_gather,
+        all_to_all,
+        byte_cost,
+        cubic_cost,
+        reduce_scatter,
+        refresh_sharded,
+        shard_local,
+    )
+    from shampoo_func.torch_optim import ShampooOptimizer, as_optimizer
+    from shampoo_func.training import apply_updates, donate, refresh_due, stack_copies, sweep
+    from shampoo_func.transforms import (
+        accumulate,
+        adaptive,
+        add_decayed_weights,
+        apply_if_finite,
+        blocked,
+        chain,
+        check_failures,
+        check_masks,
+        clip,
+        clip_by_global_norm,
+        constant_schedule,
+        cosine_decay_schedule,
+        ema,
+        eval_params,
+        every,
+        global_norm,
+        identity,
+        join_schedules,
+        linear_schedule,
+        masked,
+        parameter_state,
+        partition,
+        piecewise_constant_schedule,
+        precondition,
+        primal_averaging,
+        probabilistic,
+        scale,
+        scale_by_adam,
+        scale_by_learning_rate,
+        scale_by_rms,
+        scale_by_rss,
+        scale_by_schedule,
+        scale_by_shampoo,
+        schedule_free,
+        sharded,
+        staggered,
+        state_as_dtensors,
+        state_bytes,
+        state_from_dtensors,
+        state_report,
+        trace,
+        warmup_cosine_decay_schedule,
+        warmup_stable_decay_schedule,
+        weight_ema,
+        weight_lawa,
+        with_hyperparams,
+    )
+    from shampoo_func.types import Preconditioner, RefreshPolicy, Transformation
 
 __version__ = "0.1.0"
 
@@ -245,3 +253,37 @@ __all__ = [
     "weight_lawa",
     "with_hyperparams",
 ]
+
+# A name is looked for in one after the other, so `ema` is the stage and not the formula.
+_ROOMS = (
+    "errors",
+    "types",
+    "preconditioners",
+    "transforms",
+    "linalg",
+    "codecs",
+    "sharding",
+    "recipes",
+    "training",
+    "checkpoint",
+    "torch_optim",
+)
+
+
+if not TYPE_CHECKING:  # a checker knows all names from the imports above
+
+    def __getattr__(name: str) -> Any:
+        """Import the room of a public name when that is first used: all at once take time."""
+        if name in _ROOMS or name == "tree":
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in __all__:
+            for room in _ROOMS:
+                module = importlib.import_module(f"{__name__}.{room}")
+                if name in module.__all__:
+                    value = globals()[name] = getattr(module, name)
+                    return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 import inspect
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def test_import_brings_in_no_compiler_and_no_dtensors() -> None:
     """What takes longer to import than torch is imported by those who use it."""
     script = (
         "import sys, torch; before = set(sys.modules); import shampoo_func; "
+        "[getattr(shampoo_func, name) for name in shampoo_func.__all__]; "
         "print('\\n'.join(set(sys.modules) - before))"
     )
     done = subprocess.run(
@@ -189,3 +191,31 @@ def test_the_mark_of_a_constant_is_that_of_torch() -> None:
     constant_result(one)
     torch.compiler.assume_constant_result(two)  # type: ignore[no-untyped-call]
     assert vars(one) == vars(two) != {}
+
+
+def test_names_are_imported_from_where_the_package_says() -> None:
+    """What is found at first use is what type checkers read, and nothing is imported before."""
+    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    imports = [
+        node
+        for block in body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+    ]
+    said = {name.name: node.module for node in imports for name in node.names}
+    assert set(said) == set(sf.__all__) - {"__version__"}
+    for name, module in said.items():
+        assert getattr(sf, name) is getattr(importlib.import_module(str(module)), name)
+    program = (
+        "import sys, shampoo_func; "
+        "print([name for name in sys.modules if name.startswith('shampoo_func.')])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+    ).stdout
+    assert printed.strip() == "[]"

@@ -69,7 +69,16 @@ def test_resume_continues_bit_for_bit(tmp_path: Path, interrupted_run: str, mode
     if mode == "on" and not (shutil.which("g++") or shutil.which("clang++")):
         mode = "off"  # a machine without a C++ compiler cannot compile
     steps = "60"
-    more = ("--compile", mode, "--steps", steps, "--threads", "1", "--save-every", "7")
+    more: tuple[str, ...] = (
+        "--compile",
+        mode,
+        "--steps",
+        steps,
+        "--threads",
+        "1",
+        "--save-every",
+        "7",
+    )
     if mode == "on":  # compiling is most of the time: one optimizer will do
         more = (*more, "--optimizers", interrupted_run)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
