@@ -49,7 +49,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     add("--peers", nargs="*", choices=PEERS, help="which peers; none if empty (default: all)")
     add("--output", type=Path, default=Path(__file__).parent / "results", help="a folder")
-    add("--add", action="store_true", help="keep what other suites have written there before")
+    add("--add", action="store_true", help="keep what other units have written there before")
     add("--long", action="store_true", help="also compile AdamW on 2,000 leaves: many minutes")
     add("--quick", action="store_true", help="a tiny set, no compiler: only to see that it runs")
     add("--here", action="store_true", help="run in this process: for a debugger")
@@ -107,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stem = options.output / ("quick" if options.quick else slug(machine["machine"]))
     results: list[Result] = []
     if options.add and stem.with_suffix(".json").exists():
-        again = {unit.suite for unit in units}
-        results = [r for r in read(stem.with_suffix(".json")) if r.suite not in again]
+        again = {(unit.suite, unit.set, unit.threads) for unit in units}
+        before = read(stem.with_suffix(".json"))
+        results = [r for r in before if (r.suite, r.set, r.threads) not in again]
     written: list[str] = []
     for unit in units:
         begin = time.perf_counter()
