@@ -258,3 +258,16 @@ def test_equal_stages_share_a_graph() -> None:
             tx = sf.adamw(0.1)
             compiled(tx, params, tx.init(params))
         assert graph_count(compiled) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "refresh"), [(sf.soap, True), (sf.soap, None)])
+def test_blocks_with_a_dimension_of_one(make: Any, refresh: bool | None) -> None:
+    """The rest of a cut may be a 1 x 1 factor, whose strides say nothing."""
+    tx, params = make(0.1, block_size=4, refresh_every=1), {"w": torch.ones(5, 3)}
+    state = tx.init(params)
+    with fresh_compiler("aot_eager") as counter:
+        step = whole_graph(tx.update, counter)
+        found, after = step(params, state, params, refresh=refresh)
+    wanted, expected = tx.update(params, state, params, refresh=refresh)
+    torch.testing.assert_close((found, after), (wanted, expected), equal_nan=True)

@@ -74,15 +74,23 @@ def _in_graph(
     given = len(operands)
 
     def taken(flags: Tensor, *tensors: Tensor) -> Tensors:
-        # torch.cond forbids outputs that alias inputs
         chosen = _chosen(flags, compute(*tensors[:given]), tensors[given:])
-        return tuple(tensor.clone() for tensor in chosen)
+        return tuple(_own(tensor) for tensor in chosen)
 
     def kept(flags: Tensor, *tensors: Tensor) -> Tensors:
-        return tuple(tensor.clone() for tensor in tensors[given:])
+        return tuple(_own(tensor) for tensor in tensors[given:])
 
     result: Tensors = torch.cond(flags.any(), taken, kept, (flags, *operands, *fallback))
     return tuple(result)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a copy with the usual strides.
+
+    torch.cond forbids outputs that alias inputs, and strides that differ between its branches,
+    as those of a 1 x 1 matrix can.
+    """
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _chosen(flags: Tensor, new: Tensors, old: Tensors) -> Tensors:
