@@ -105,7 +105,7 @@ class Pool:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["shampoo_func"])
+        context.set_forkserver_preload(["shampoo_func.torch_optim"])
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.world):
             own, theirs = context.Pipe()
