@@ -20,8 +20,8 @@ PRELUDE = f"""
 from jaxtyping import TypeCheckError, install_import_hook
 with install_import_hook({ROOMS!r}, "beartype.beartype"):
     import shampoo_func as sf
+    from shampoo_func import blocks, linalg, torch_optim  # rooms are imported when first used
 import torch
-from shampoo_func import blocks, linalg
 """
 
 RIGHT = """
