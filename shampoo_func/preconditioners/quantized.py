@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_func.codecs import ROLES, Codec
 from shampoo_func.errors import HyperparameterError
+from shampoo_func.preconditioners.leaves import map_leaves
 from shampoo_func.types import Preconditioner
 
 __all__ = ["Encoded", "Quantized", "quantized"]
@@ -122,12 +123,7 @@ class Quantized(Preconditioner):
 
 def _map(function: Callable[..., Any], node: Any, *others: Any) -> Any:
     """Apply a function to the leaves of a state, tensors and codes, and what stands beside them."""
-    if isinstance(node, Tensor | Encoded):
-        return function(node, *others)
-    if isinstance(node, Mapping):
-        return {key: _map(function, node[key], *(o[key] for o in others)) for key in node}
-    parts = [_map(function, *children) for children in zip(node, *others, strict=True)]
-    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
+    return map_leaves(function, node, *others, leaf=(Tensor, Encoded))
 
 
 def _everywhere(node: Any, role: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from shampoo_func import linalg
 from shampoo_func.errors import HyperparameterError, check_count
+from shampoo_func.preconditioners.leaves import map_leaves
 from shampoo_func.types import Preconditioner
 
 __all__ = ["Subsampled", "SubsampledState", "subsampled"]
@@ -38,16 +38,22 @@ class Subsampled(Preconditioner):
     def accumulate(self, state: SubsampledState, grads: Tensor) -> SubsampledState:
         """Take in the gradients number 1, k + 1, 2 k + 1, ... of every block."""
         due = state.seen % self.every == 0
-        changing = self._changing(state.inner)
-        before = _leaves(state.inner, changing)
+        roles = self.inner.roles(state.inner)
+        before = self._changing(state.inner, roles)
 
-        def taken(grads: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-            own = _filled(state.inner, changing, iter(leaves).__next__)
-            return tuple(_leaves(self.inner.accumulate(own, grads), changing))
+        def merged(new: tuple[Tensor, ...]) -> Any:
+            parts = iter(new)
 
-        after = linalg.compute_where(due, taken, (grads, *before), tuple(before))
-        inner = _filled(state.inner, changing, iter(after).__next__)
-        return SubsampledState(state.seen + 1, inner)
+            def choose(leaf: Tensor, role: str) -> Tensor:
+                return next(parts) if self._changes(role) else leaf
+
+            return map_leaves(choose, state.inner, roles)
+
+        def taken(grads: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+            return self._changing(self.inner.accumulate(merged(own), grads), roles)
+
+        after = linalg.compute_where(due, taken, (grads, *before), before)
+        return SubsampledState(state.seen + 1, merged(after))
 
     def refresh(self, state: SubsampledState) -> SubsampledState:
         """Refresh the inner one."""
@@ -87,47 +93,21 @@ class Subsampled(Preconditioner):
         inner = self.inner.with_tolerance(tolerance)
         return None if inner is None else Subsampled(inner, self.every)
 
-    def _changing(self, inner: Any) -> Any:
-        """Return the inner state's tree with, for every leaf, whether `accumulate` may change it.
-
-        What it does not read it passes on, and need not be copied.
-        """
+    def _changes(self, role: str) -> bool:
+        """Whether `accumulate` may change a leaf; what it does not read it passes on."""
         read = self.inner.reads("accumulate")
-        return _mapped(
-            lambda role: read is None or role == "other" or role in read, self.inner.roles(inner)
-        )
+        return read is None or role == "other" or role in read
 
+    def _changing(self, inner: Any, roles: Any) -> tuple[Tensor, ...]:
+        """Return the leaves that `accumulate` may change: no others need be copied."""
+        found: list[Tensor] = []
 
-def _mapped(function: Callable[[Any], Any], node: Any) -> Any:
-    """Apply a function to the leaves of a tree of roles or tensors."""
-    if isinstance(node, dict):
-        return {key: _mapped(function, child) for key, child in node.items()}
-    if isinstance(node, tuple):
-        parts = [_mapped(function, child) for child in node]
-        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
-    return function(node)
+        def collect(leaf: Tensor, role: str) -> None:
+            if self._changes(role):
+                found.append(leaf)
 
-
-def _leaves(node: Any, chosen: Any) -> list[Tensor]:
-    """Return the tensors of a state that are chosen."""
-    if isinstance(node, Tensor):
-        return [node] if chosen else []
-    pairs = (
-        [(node[key], chosen[key]) for key in node]
-        if isinstance(node, dict)
-        else list(zip(node, chosen, strict=True))
-    )
-    return [leaf for child, own in pairs for leaf in _leaves(child, own)]
-
-
-def _filled(node: Any, chosen: Any, take: Callable[[], Tensor]) -> Any:
-    """Return a state with other tensors in the places that are chosen."""
-    if isinstance(node, Tensor):
-        return take() if chosen else node
-    if isinstance(node, dict):
-        return {key: _filled(node[key], chosen[key], take) for key in node}
-    parts = [_filled(child, own, take) for child, own in zip(node, chosen, strict=True)]
-    return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+        map_leaves(collect, inner, roles)
+        return tuple(found)
 
 
 def subsampled(inner: Preconditioner, *, every: int) -> Subsampled:
