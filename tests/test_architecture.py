@@ -147,35 +147,38 @@ def test_public_function_explains_its_arguments(name: str) -> None:
     assert [argument for argument in taken if f"{argument}: " not in described] == []
 
 
-def test_import_is_silent() -> None:
-    """Importing the library prints nothing and warns of nothing."""
+EVERYTHING = "import shampoo_func; [getattr(shampoo_func, name) for name in shampoo_func.__all__]"
+
+
+def printed_by(program: str) -> str:
+    """Run a program in a process in which warnings are errors; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import shampoo_func"],
+        [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
         cwd=PACKAGE.parent,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("program", ["import shampoo_func", EVERYTHING])
+def test_import_is_silent(program: str) -> None:
+    """Importing the library, or all rooms of it, prints nothing and warns of nothing."""
+    assert printed_by(program) == ""
 
 
 def test_import_brings_in_no_compiler_and_no_dtensors() -> None:
     """What takes longer to import than torch is imported by those who use it."""
     script = (
-        "import sys, torch; before = set(sys.modules); import shampoo_func; "
-        "[getattr(shampoo_func, name) for name in shampoo_func.__all__]; "
+        f"import sys, torch; before = set(sys.modules); {EVERYTHING}; "
         "print('\\n'.join(set(sys.modules) - before))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=PACKAGE.parent,
-        check=True,
-    )
+    printed = printed_by(script)
     ours = ("shampoo_func", "optree", "jaxtyping")
-    theirs = {name for name in done.stdout.split() if name.partition(".")[0] not in ours}
-    assert "shampoo_func.sharding" in done.stdout
+    theirs = {name for name in printed.split() if name.partition(".")[0] not in ours}
+    assert "shampoo_func.sharding" in printed
     assert {name for name in theirs if name.startswith("torch")} == set()
 
 
@@ -211,11 +214,4 @@ def test_names_are_imported_from_where_the_package_says() -> None:
         "import sys, shampoo_func; "
         "print([name for name in sys.modules if name.startswith('shampoo_func.')])"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", program],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=PACKAGE.parent,
-    ).stdout
-    assert printed.strip() == "[]"
+    assert printed_by(program).strip() == "[]"
