@@ -175,13 +175,14 @@ def check_params(params: Tree) -> None:
     Raises:
         ParameterError: For the first leaf that is not; the message has its path.
     """
-    for index, leaf in enumerate(leaves(params)):
-        problem = _unusable(leaf)
-        if problem:
-            raise ParameterError(
-                f"parameter {path_of(params, index)!r} is {problem}; parameters must be real "
-                "floating-point strided tensors. Leave it out of the tree that is optimized."
-            )
+    flat = leaves(params)
+    usable = [_is_usable(leaf) for leaf in flat]
+    if False in usable:
+        index = usable.index(False)
+        raise ParameterError(
+            f"parameter {path_of(params, index)!r} is {_described(flat[index])}; parameters must "
+            "be real floating-point strided tensors. Leave it out of the tree that is optimized."
+        )
 
 
 def check_updates(updates: Tree, like: Tree | None = None, *, what: str = "the state") -> None:
@@ -197,43 +198,51 @@ def check_updates(updates: Tree, like: Tree | None = None, *, what: str = "the s
         TreeMismatchError: If structure or a shape differs from `like`.
     """
     flat, structure = flatten(updates)
-    for index, leaf in enumerate(flat):
-        problem = None if leaf is None else _unusable(leaf)
-        if problem:
-            raise GradientError(
-                f"the gradient of {path_of(updates, index)!r} is {problem}; gradients must be "
-                "real floating-point strided tensors (or None). Convert it, e.g. with "
-                ".to_dense() or torch.view_as_real, before the update."
-            )
+    usable = [leaf is None or _is_usable(leaf) for leaf in flat]
+    if False in usable:
+        index = usable.index(False)
+        raise GradientError(
+            f"the gradient of {path_of(updates, index)!r} is {_described(flat[index])}; gradients "
+            "must be real floating-point strided tensors (or None). Convert it, e.g. with "
+            ".to_dense() or torch.view_as_real, before the update."
+        )
     if like is None:
         return
     partners = flatten_up_to(structure, like, updates)
-    for index, (leaf, partner) in enumerate(zip(flat, partners, strict=True)):
-        if not isinstance(partner, torch.Tensor):
-            raise _mismatch(like, updates)
-        if leaf is None:
-            continue
-        if leaf.shape != partner.shape:
-            raise TreeMismatchError(
-                f"the gradient of {path_of(updates, index)!r} has shape {tuple(leaf.shape)}, but "
-                f"{what} was made for shape {tuple(partner.shape)}; pass the gradient of that "
-                "parameter, or call init again with the new parameters."
-            )
+    if False in [isinstance(partner, torch.Tensor) for partner in partners]:
+        raise _mismatch(like, updates)
+    fits = [
+        leaf is None or leaf.shape == partner.shape
+        for leaf, partner in zip(flat, partners, strict=True)
+    ]
+    if False in fits:
+        index = fits.index(False)
+        leaf, partner = flat[index], partners[index]
+        raise TreeMismatchError(
+            f"the gradient of {path_of(updates, index)!r} has shape {tuple(leaf.shape)}, but "
+            f"{what} was made for shape {tuple(partner.shape)}; pass the gradient of that "
+            "parameter, or call init again with the new parameters."
+        )
 
 
-def _unusable(leaf: Any) -> str | None:
-    """Say what is wrong with a leaf, or return None if it can be optimized."""
+def _is_usable(leaf: Any) -> bool:
+    """Whether a leaf can be optimized."""
+    return (
+        isinstance(leaf, torch.Tensor)
+        and leaf.is_floating_point()  # so not complex either
+        and leaf.layout == torch.strided
+    )
+
+
+def _described(leaf: Any) -> str:
+    """Say what is wrong with a leaf that cannot be optimized."""
     if leaf is None:
         return "None"
     if not isinstance(leaf, torch.Tensor):
         return f"no tensor but {type(leaf).__name__}"
     if leaf.layout != torch.strided:
         return f"a sparse tensor ({leaf.layout})"
-    if leaf.is_complex():
-        return f"complex ({leaf.dtype})"
-    if not leaf.is_floating_point():
-        return f"not floating-point ({leaf.dtype})"
-    return None
+    return f"{'complex' if leaf.is_complex() else 'not floating-point'} ({leaf.dtype})"
 
 
 def _mismatch(tree: Tree, reference: Tree) -> ShampooFuncError:

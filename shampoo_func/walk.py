@@ -1,15 +1,16 @@
 """Walks over pytrees for torch.compile to trace.
 
 Dynamo traces a pytree library's Python fallback at hundreds of instructions per leaf (a step
-of AdamW on four parameters took 560,000); these walks take some twenty. They know the containers
-that the library promises (dict, OrderedDict, defaultdict, list, tuple, NamedTuple), in the
+of AdamW on four parameters took 560,000); these walks take some fifteen, and no call: Dynamo pays
+for a call what it pays for twenty other instructions. They know the containers that the library
+promises (dict, OrderedDict, defaultdict, list, tuple, NamedTuple), in the
 order and with the meaning that the pytree library gives them in eager code.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +22,19 @@ __all__ = ["collect", "collect_paths", "collect_up_to", "rebuild"]
 
 def collect(node: Tree, found: list[Any]) -> list[Any]:
     """Append the leaves of a tree to `found`, and return it."""
-    if node is None or isinstance(node, torch.Tensor):
-        found.append(node)
-    elif isinstance(node, dict):
-        for key in _keys(node):
-            collect(node[key], found)
+    children: Sequence[Any]
+    if isinstance(node, dict):
+        children = [node[key] for key in _keys(node)]
     elif isinstance(node, list | tuple):
-        for child in node:
-            collect(child, found)
+        children = node
     else:
         found.append(node)
+        return found
+    for child in children:
+        if child is None or isinstance(child, torch.Tensor):
+            found.append(child)
+        else:
+            collect(child, found)
     return found
 
 
@@ -50,27 +54,37 @@ def collect_up_to(template: Tree, node: Tree, found: list[Any]) -> list[Any]:
     """Append the sub-trees of `node` that stand where `template` has leaves, and return `found`.
 
     Raises:
-        ValueError: If the containers differ.
+        ValueError, KeyError: If the containers differ.
     """
     if isinstance(template, dict):
-        if not isinstance(node, dict) or template.keys() != node.keys():
+        if not isinstance(node, dict) or len(node) != len(template):
             raise ValueError("dicts of different keys")
-        for key in _keys(template):
-            collect_up_to(template[key], node[key], found)
+        keys = _keys(template)
+        pairs = zip([template[key] for key in keys], [node[key] for key in keys], strict=True)
     elif isinstance(template, list | tuple):
         if type(node) is not type(template) or len(node) != len(template):
             raise ValueError("sequences of different type or length")
-        for own, other in zip(template, node, strict=True):
-            collect_up_to(own, other, found)
+        pairs = zip(template, node, strict=True)
     else:
         found.append(node)
+        return found
+    for own, other in pairs:
+        if own is None or isinstance(own, torch.Tensor):
+            found.append(other)
+        else:
+            collect_up_to(own, other, found)
     return found
 
 
 def rebuild(template: Tree, leaves: Iterator[Any]) -> Tree:
     """Return a tree of the containers of `template` with other leaves."""
     if isinstance(template, dict):
-        children = {key: rebuild(template[key], leaves) for key in _keys(template)}
+        children = {
+            key: next(leaves)
+            if template[key] is None or isinstance(template[key], torch.Tensor)
+            else rebuild(template[key], leaves)
+            for key in _keys(template)
+        }
         ordered = {key: children[key] for key in template}
         if isinstance(template, OrderedDict):
             return OrderedDict(ordered)

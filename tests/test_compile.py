@@ -194,6 +194,24 @@ def test_donated_graph_serves_other_tensors() -> None:
         assert graph_count(compiled) == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_each_set_of_shapes_has_its_own_graph(dynamic: bool | None) -> None:
+    """A step that was compiled for one model serves the next, also where sizes are left open."""
+    tx = sf.shampoo(0.1, block_size=4)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params, refresh=True)
+        return sf.apply_updates(params, updates), state
+
+    with fresh_compiler("eager") as counter:
+        compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=dynamic)
+        for rows in (6, 8, 10):
+            params = {"w": torch.randn(rows, 5, dtype=torch.float64)}
+            state, grads = tx.init(params), random_tree(rows, params)
+            assert_close(compiled(params, state, grads), step(params, state, grads))
+        assert graph_count(compiled) == 3
+
+
 def test_compiled_training_equals_eager() -> None:
     """In float64 the compiled two-graph loop and the one-graph loop equal the eager one."""
     problem = Problem()

@@ -8,6 +8,7 @@ from shampoo_func.blocks.plan import (
     Tile,
     merge_small_dims,
     plan_blocks,
+    plan_shapes,
 )
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "gather",
     "merge_small_dims",
     "plan_blocks",
+    "plan_shapes",
     "present_rows",
     "scatter",
 ]

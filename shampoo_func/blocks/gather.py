@@ -64,11 +64,12 @@ def scatter(
         if leaf is None or not parameter.tiles:
             results.append(leaf)
             continue
-        tiles = [next(parts[tile.stack]) for tile in parameter.tiles]
-        if not _is_one_block(parameter):
-            pairs = zip(tiles, parameter.tiles, strict=True)
-            tiles = [_rectangle_of(blocks, tile) for blocks, tile in pairs]
-        whole = _assemble(tiles, parameter).reshape(parameter.shape)
+        if _is_one_block(parameter):
+            whole = next(parts[parameter.tiles[0].stack])
+        else:
+            tiles = [_rectangle_of(next(parts[tile.stack]), tile) for tile in parameter.tiles]
+            whole = tiles[0] if len(tiles) == 1 else _assemble(tiles, parameter)
+        whole = whole.reshape(parameter.shape)
         if whole.dtype != leaf.dtype:
             whole = whole.to(leaf.dtype)
         results.append(with_layout_of(whole, leaf))
@@ -94,20 +95,29 @@ def _split(
 def _blocks_of(merged: Tensor, tile: Tile) -> Tensor:
     """Return the blocks of one tile, `[count, d1, ..., dk]`, in row-major order."""
     order = len(tile.block)
-    part = merged
-    for dim, (start, grid, size) in enumerate(zip(tile.start, tile.grid, tile.block, strict=True)):
-        part = part.narrow(dim, start, grid * size)
-    split = [size for pair in zip(tile.grid, tile.block, strict=True) for size in pair]
-    axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
-    return part.reshape(split).permute(axes).reshape(math.prod(tile.grid), *tile.block)
+    for dim in range(order):
+        length = tile.grid[dim] * tile.block[dim]
+        if length != merged.shape[dim]:
+            merged = merged.narrow(dim, tile.start[dim], length)
+    if _is_interleaved(tile):
+        split = [size for pair in zip(tile.grid, tile.block, strict=True) for size in pair]
+        axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
+        merged = merged.reshape(split).permute(axes)
+    return merged.reshape(math.prod(tile.grid), *tile.block)
 
 
 def _rectangle_of(blocks: Tensor, tile: Tile) -> Tensor:
     """Undo `_blocks_of`."""
-    order = len(tile.block)
-    axes = [axis for dim in range(order) for axis in (dim, order + dim)]
-    sizes = [grid * size for grid, size in zip(tile.grid, tile.block, strict=True)]
-    return blocks.reshape(*tile.grid, *tile.block).permute(axes).reshape(sizes)
+    if _is_interleaved(tile):
+        order = len(tile.block)
+        axes = [axis for dim in range(order) for axis in (dim, order + dim)]
+        blocks = blocks.reshape(*tile.grid, *tile.block).permute(axes)
+    return blocks.reshape([tile.grid[dim] * size for dim, size in enumerate(tile.block)])
+
+
+def _is_interleaved(tile: Tile) -> bool:
+    """Whether the rows of one block are not all next to each other."""
+    return math.prod(tile.grid[1:]) != 1
 
 
 def _assemble(tiles: list[Tensor], parameter: ParameterPlan) -> Tensor:

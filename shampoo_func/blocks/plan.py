@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BlockPlan", "LeafSpec", "ParameterPlan", "Tile", "merge_small_dims", "plan_blocks"]
+from shampoo_func.linalg import constant_result
+
+__all__ = [
+    "BlockPlan",
+    "LeafSpec",
+    "ParameterPlan",
+    "Tile",
+    "merge_small_dims",
+    "plan_blocks",
+    "plan_shapes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +121,6 @@ def merge_small_dims(shape: Sequence[int], limit: int | None, merge_to: int = 1)
     return tuple(reversed(merged))
 
 
-@functools.lru_cache(maxsize=512)
-def _cached_plan(
-    specs: tuple[LeafSpec, ...], block_size: int | None, merge_dims: bool, merge_to: int | None
-) -> BlockPlan:
-    return _plan(specs, block_size, merge_dims, merge_to)
-
-
 def plan_blocks(
     specs: Sequence[LeafSpec],
     *,
@@ -145,11 +148,28 @@ def plan_blocks(
         >>> plan_blocks([spec], block_size=2).stacks
         (('2x2', 2), ('2x1', 2), ('1x2', 1), ('1x1', 1))
     """
-    if torch.compiler.is_compiling():  # traced once; dynamo does not see through the cache
-        return _plan(tuple(specs), block_size, merge_dims, merge_to)
-    return _cached_plan(tuple(specs), block_size, merge_dims, merge_to)
+    return _plan(tuple(specs), block_size, merge_dims, merge_to)
 
 
+@constant_result  # a traced call is planned once, on the host
+def plan_shapes(
+    specs: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...],
+    block_size: int | None,
+    merge_dims: bool,
+    merge_to: int | None,
+) -> BlockPlan:
+    """Call `plan_blocks` with plain arguments, which tracing can pass.
+
+    Args:
+        specs: Shape, dtype and device of every parameter, in tree order.
+        block_size: As in `plan_blocks`.
+        merge_dims: As in `plan_blocks`.
+        merge_to: As in `plan_blocks`.
+    """
+    return _plan(tuple(LeafSpec(*spec) for spec in specs), block_size, merge_dims, merge_to)
+
+
+@functools.lru_cache(maxsize=512)
 def _plan(
     specs: tuple[LeafSpec, ...], block_size: int | None, merge_dims: bool, merge_to: int | None
 ) -> BlockPlan:

@@ -48,7 +48,9 @@ def _aligned(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def scaled(x: torch.Tensor, factor: Scalar) -> torch.Tensor:
     """Return `x * factor` in the dtype of `x`."""
-    return (x * align(factor, x)).to(x.dtype)
+    if not isinstance(factor, torch.Tensor):
+        return x * factor
+    return (x * _aligned(factor, x)).to(x.dtype)
 
 
 def ema(average: torch.Tensor, new: torch.Tensor, decay: Scalar) -> torch.Tensor:

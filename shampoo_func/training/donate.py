@@ -50,6 +50,8 @@ def donate(step: Callable[..., tuple[Any, ...]], donated: int = 2) -> Callable[.
 
     @functools.wraps(step)
     def donated_step(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _look_at_last_first(args[:donated])
         results = step(*args, **kwargs)
         if not isinstance(results, tuple) or len(results) < donated or len(args) < donated:
             raise DonationError(
@@ -60,6 +62,18 @@ def donate(step: Callable[..., tuple[Any, ...]], donated: int = 2) -> Callable[.
         return (*args[:donated], *results[donated:])
 
     return donated_step
+
+
+def _look_at_last_first(donated: tuple[Tree, ...]) -> None:
+    """Make a graph write the state before the parameters.
+
+    A graph's inputs are in the order in which they are first looked at, and so are the copies
+    into them at its end. Inductor computes a new average and writes it in one loop if no more
+    than 64 operations lie between; behind the copies of many parameters it would read all that
+    the average is made of again.
+    """
+    for argument in reversed(donated):
+        tree.flatten(argument)
 
 
 def _overwrite(old: tuple[Tree, ...], new: tuple[Tree, ...]) -> None:
@@ -84,27 +98,31 @@ def _overwrite(old: tuple[Tree, ...], new: tuple[Tree, ...]) -> None:
 
 
 def _check_fit(old: Tree, targets: list[Tensor], sources: list[Any]) -> None:
-    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if not isinstance(target, Tensor):
-            raise DonationError(
-                f"the donated leaf {tree.path_of(old, index)!r} is no tensor but "
-                f"{type(target).__name__}; pass trees of tensors only."
-            )
-        fits = (
-            isinstance(source, Tensor)
-            and source.shape == target.shape
-            and source.dtype == target.dtype
+    fits = [
+        isinstance(target, Tensor)
+        and isinstance(source, Tensor)
+        and source.shape == target.shape
+        and source.dtype == target.dtype
+        for target, source in zip(targets, sources, strict=True)
+    ]
+    if False not in fits:
+        return
+    index = fits.index(False)
+    target, source = targets[index], sources[index]
+    if not isinstance(target, Tensor):
+        raise DonationError(
+            f"the donated leaf {tree.path_of(old, index)!r} is no tensor but "
+            f"{type(target).__name__}; pass trees of tensors only."
         )
-        if not fits:
-            seen = (
-                f"{tuple(source.shape)} {source.dtype}"
-                if isinstance(source, Tensor)
-                else type(source).__name__
-            )
-            raise DonationError(
-                f"the result for {tree.path_of(old, index)!r} is {seen}, but its input is "
-                f"{tuple(target.shape)} {target.dtype}; a donated step must keep both."
-            )
+    seen = (
+        f"{tuple(source.shape)} {source.dtype}"
+        if isinstance(source, Tensor)
+        else type(source).__name__
+    )
+    raise DonationError(
+        f"the result for {tree.path_of(old, index)!r} is {seen}, but its input is "
+        f"{tuple(target.shape)} {target.dtype}; a donated step must keep both."
+    )
 
 
 def _check_aliases(old: Tree, targets: list[Tensor], sources: list[Tensor]) -> None:

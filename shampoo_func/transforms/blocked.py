@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_func import tree
-from shampoo_func.blocks import BlockPlan, LeafSpec, plan_blocks
+from shampoo_func.blocks import BlockPlan, plan_shapes
 from shampoo_func.errors import (
     HyperparameterError,
     MissingParamsError,
@@ -53,13 +54,7 @@ class Blocked(Wrapper):
 
     def plan(self, params: Tree) -> BlockPlan:
         """Return how the parameters are cut into blocks; only their shapes are looked at."""
-        specs = [LeafSpec.of(leaf) for leaf in tree.leaves(params)]
-        return plan_blocks(
-            specs,
-            block_size=self.block_size,
-            merge_dims=self.merge_dims,
-            merge_to=self.merge_to,
-        )
+        return plan_shapes(_specs(params), *self._sizes())
 
     def init(self, params: Tree) -> dict[str, Any]:
         """Return the inner state of every stack; every leaf has the block dimension first.
@@ -142,10 +137,10 @@ class Blocked(Wrapper):
         return plan_shards(self.plan(params), cut.paths, 1)
 
     def _cut(self, params: Tree) -> Cut:
-        specs = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.leaves(params))
-        return Cut(
-            tuple(tree.paths(params)), specs, self.block_size, self.merge_dims, self.merge_to
-        )
+        return Cut(tuple(tree.paths(params)), _specs(params), *self._sizes())
+
+    def _sizes(self) -> tuple[int | None, bool, int | None]:
+        return _fixed(self.block_size), self.merge_dims, _fixed(self.merge_to)
 
     def _shapes_from(self, updates: Tree, params: Tree | None, present: tuple[bool, ...]) -> Tree:
         """Return the tree that has the shapes of all parameters."""
@@ -158,6 +153,21 @@ class Blocked(Wrapper):
                 "parameter: call update(updates, state, params)."
             )
         return params
+
+
+def _specs(params: Tree) -> tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]:
+    """Return shape, dtype and device of every leaf."""
+    return tuple(
+        [
+            (tuple([index(size) for size in leaf.shape]), leaf.dtype, leaf.device)
+            for leaf in tree.leaves(params)
+        ]
+    )
+
+
+def _fixed(size: int | None) -> int | None:
+    """Tie a graph to this size, also where Dynamo would leave it open: blocks need numbers."""
+    return None if size is None else index(size)
 
 
 def _take(state: Any, rows: list[int]) -> Any:
