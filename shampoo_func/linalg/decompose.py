@@ -147,17 +147,20 @@ def _spread(stack: Tensor, values: Tensor, transposed: Tensor, residual: Tensor)
     batch, size = stack.shape[:2]
     threads = torch.get_num_threads()
     spread = min(threads, batch) > 1 and batch * size**3 >= _WORTH_A_THREAD
-    piece = max(1, min(_PIECE // size**2, -(-batch // threads) if spread else batch))
-    if stack.device.type != "cpu" or piece >= batch:
+    workers = threads if spread else 1
+    # so many rounds that a piece fits in cache, in each of which every worker has a piece
+    pieces = min(batch, workers * -(-batch * size**2 // (workers * _PIECE)))
+    if stack.device.type != "cpu" or pieces == 1:
         _write(stack, values, transposed, residual)
         return
-    pieces = zip(
-        *(torch.split(t, piece) for t in (stack, values, transposed, residual)), strict=True
+    parts = zip(
+        *(torch.tensor_split(t, pieces) for t in (stack, values, transposed, residual)),
+        strict=True,
     )
     if spread:
-        list(_pool(threads).map(lambda tensors: _write(*tensors), pieces))
+        list(_pool(threads).map(lambda tensors: _write(*tensors), parts))
         return
-    for tensors in pieces:
+    for tensors in parts:
         _write(*tensors)
 
 

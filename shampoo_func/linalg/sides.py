@@ -47,12 +47,15 @@ def _multiplied(left: Tensor, blocks: Tensor, right: Tensor, out: Tensor) -> Ten
     rows, columns = blocks.shape[-2:]
     # view, not reshape: a copy would be written in vain
     into = out.view(out.shape[:-2].numel(), rows, columns)
+    if not into.numel():
+        return out
     stacks = (stacked(left), stacked(blocks), stacked(right.transpose(-1, -2)), into)
-    size = rows * columns
-    piece = max(1, _PIECE // max(1, size)) if blocks.device.type == "cpu" else len(stacks[0])
-    for first in range(0, len(stacks[0]), max(1, piece)):
-        own, block, other, result = (stack[first : first + piece] for stack in stacks)
-        torch.bmm(own @ block, other, out=result)
+    piece = max(1, _PIECE // (rows * columns)) if blocks.device.type == "cpu" else len(into)
+    half = torch.empty_like(into[:piece])
+    for own, block, other, result in zip(
+        *(torch.split(stack, piece) for stack in stacks), strict=True
+    ):
+        torch.bmm(torch.bmm(own, block, out=half[: len(own)]), other, out=result)
     return out
 
 

@@ -12,6 +12,7 @@ from shampoo_func.errors import HyperparameterError, check_choice, check_dtype, 
 from shampoo_func.linalg._shapes import Float
 from shampoo_func.linalg.roots.spectral import spectral_root
 from shampoo_func.linalg.scaling import compute_dtype as dtype_of_arithmetic
+from shampoo_func.linalg.scaling import computed_once
 from shampoo_func.linalg.solver import Root, RootSolver, all_finite, identity_root
 from shampoo_func.types import Scalar
 
@@ -71,15 +72,17 @@ class EighRoot(RootSolver):
         if exponent == 0 or matrix.numel() == 0:
             return identity_root(matrix)
         finite = all_finite(matrix)
-        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        eye = _identity(matrix)
         # the identity stands in for a matrix that cannot be decomposed, and ok says so
         safe = torch.where(finite[..., None, None], matrix, eye)
         safe = self._damped(safe.to(self.compute_dtype or dtype_of_arithmetic(matrix.dtype)))
         value, residual = spectral_root(self, safe, exponent)
         converged = finite & (residual <= torch.finfo(safe.dtype).eps ** 0.5)
         residual = torch.where(finite, residual.to(matrix.dtype), torch.inf)
-        value = value.to(matrix.dtype)
-        return Root(value, residual, converged & all_finite(value))
+        if value.dtype != matrix.dtype:  # which may not hold it
+            value = value.to(matrix.dtype)
+            converged = converged & all_finite(value)
+        return Root(value, residual, converged)
 
     def _damped(self, matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """Add what is added before the decomposition."""
@@ -89,9 +92,7 @@ class EighRoot(RootSolver):
             epsilon = epsilon - epsilon.detach() if isinstance(epsilon, Tensor) else 0.0
         if not isinstance(epsilon, Tensor) and epsilon == 0.0:
             return matrix
-        return matrix + epsilon * torch.eye(
-            matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
-        )
+        return matrix + epsilon * _identity(matrix)
 
     def damping(self) -> tuple[Scalar, Scalar]:
         """Return both epsilons as constants of a derivative."""
@@ -119,6 +120,11 @@ class EighRoot(RootSolver):
             largest = damped.amax(-1, keepdim=True)
             damped = damped + (relative_epsilon * largest - epsilon).clamp(min=0.0)
         return damped
+
+
+def _identity(matrix: Tensor) -> Tensor:
+    # from memory: Inductor does not vectorise a loop that compares indices
+    return computed_once(torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
 
 
 def eigh_root(

@@ -40,7 +40,11 @@ class Spectrum(Protocol):
 def spectral_root(
     settings: Spectrum, matrix: Float[Tensor, "*batch n n"], exponent: float
 ) -> tuple[Float[Tensor, "*batch n n"], Float[Tensor, "*batch"]]:
-    """Return the root and the residual of the decomposition (without a derivative)."""
+    """Return the root and the residual of the decomposition (without a derivative).
+
+    The residual is inf where the root overflows: Q is orthogonal, so that its elements are
+    finite if the powers of the eigenvalues are, and need not be looked at.
+    """
     epsilon, relative = settings.damping()
     if forward_ad._current_level >= 0:
         return _expanded(settings, matrix, epsilon, relative, exponent)
@@ -70,8 +74,9 @@ def _expanded(
     moved = vectors @ (eye + mixing)
     positive = kept > 0
     shifted = torch.where(positive, kept + (rotated * eye).sum(-1), kept)
-    root = _root(settings, kept, vectors, exponent)
-    return root + _derivative(shifted, moved, delta, exponent), residual
+    powers = _powers(settings, kept, exponent)
+    root = _composed(vectors, powers)
+    return root + _derivative(shifted, moved, delta, exponent), _checked(residual, powers)
 
 
 class _SpectralRoot(torch.autograd.Function):
@@ -85,7 +90,8 @@ class _SpectralRoot(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         values, vectors, residual = eigh(matrix, retry_double=settings.retry_double)
         kept = settings.eigenvalues_kept(values, epsilon, relative)
-        return _root(settings, kept, vectors, exponent), residual
+        powers = _powers(settings, kept, exponent)
+        return _composed(vectors, powers), _checked(residual, powers)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -108,11 +114,21 @@ def _power(kept: Tensor, exponent: float) -> Tensor:
     return torch.where(positive, torch.where(positive, kept, 1.0).pow(-exponent), 0.0)
 
 
-def _root(settings: Spectrum, kept: Tensor, vectors: Tensor, exponent: float) -> Tensor:
+def _powers(settings: Spectrum, kept: Tensor, exponent: float) -> Tensor:
     # a dropped direction contributes 0; without damping a zero eigenvalue is no dropped one
-    powers = _power(kept, exponent) if settings.pseudo_inverse else kept.pow(-exponent)
+    return _power(kept, exponent) if settings.pseudo_inverse else kept.pow(-exponent)
+
+
+def _composed(vectors: Tensor, powers: Tensor) -> Tensor:
+    """Return Q diag(powers) Q^T, symmetric to the last bit."""
     value = (vectors * powers.unsqueeze(-2)) @ vectors.mT
     return (value + value.mT) / 2
+
+
+def _checked(residual: Tensor, powers: Tensor) -> Tensor:
+    """Return the residual, or inf where the sum of two elements could overflow."""
+    bound = torch.finfo(powers.dtype).max / 4
+    return torch.where((powers < bound).all(-1), residual, torch.inf)
 
 
 def _derivative(kept: Tensor, vectors: Tensor, tangent: Tensor, exponent: float) -> Tensor:
