@@ -32,8 +32,9 @@ def tree_on_gpu(seed: int) -> dict[str, Tensor]:
 
 def optimizer(**options: Any) -> sf.Transformation:
     """Return Shampoo with the roots that need no answer from the host."""
+    settings = {"policy": None, "refresh_every": 3, **options}
     return sf.shampoo(
-        1e-2, beta2=0.9, block_size=64, refresh_every=3, root=sf.newton_root(1e-6), **options
+        1e-2, beta2=0.9, block_size=64, root=sf.newton_root(1e-6, iterations=20), **settings
     )
 
 
@@ -69,9 +70,7 @@ def test_a_step_does_not_wait_for_the_device(refresh: bool) -> None:
 
 def test_staggered_refreshes_do_not_wait_either() -> None:
     """Which blocks are due is decided on the device."""
-    tx = sf.shampoo(
-        1e-2, block_size=64, policy=sf.staggered(3), root=sf.newton_root(1e-6), beta2=0.9
-    )
+    tx = optimizer(policy=sf.staggered(3))
     params, grads = tree_on_gpu(0), tree_on_gpu(1)
     state = tx.init(params)
     with no_waiting():

@@ -118,8 +118,8 @@ def subsampled(inner: Preconditioner, *, every: int) -> Subsampled:
     those only, so that with beta2 the average reaches k times as far back. In a graft wrap the
     direction alone, and the magnitude goes on seeing every gradient.
 
-    Eager code and compiled graphs (`torch.cond`) skip the work; under `torch.func.vmap` it is
-    done and thrown away.
+    Eager code and compiled graphs (`torch.cond`) skip the work, for which a GPU is asked at every
+    step; under `torch.func.vmap` it is done and thrown away.
 
     Args:
         inner: The preconditioner, such as `kronecker()`.
