@@ -9,12 +9,14 @@ from benchmarks.peers import Absent, available
 from benchmarks.problem import Problem, bytes_of
 from benchmarks.ratios import Ratio, Steps, step_results
 from benchmarks.record import Result, Settings, Suite, Unit
+from benchmarks.sets import LARGE
 from benchmarks.timing import interleave, timer_for
 
 __all__ = ["SUITE"]
 
 SHAMPOO, SOAP, THEIRS = "shampoo-compiled", "soap-compiled", "distributed-shampoo"
 OURS = (SHAMPOO, SOAP, "torch-adamw-fused", "torch-muon")
+OURS_OF_A_LARGE_SET = (SHAMPOO, "torch-adamw-fused")
 
 RATIOS = (
     Ratio(ours=(SHAMPOO, "plain"), theirs=(THEIRS, "plain"), limits={None: 0.65}),
@@ -54,7 +56,8 @@ def run(settings: Settings, unit: Unit) -> Iterator[Result]:
         for ratio in ratios:
             yield ratio.result(Steps({}), settings, unit, reasons)
         return
-    mine = [CASES[name](problem) for name in OURS]
+    large = problem.numbers > LARGE
+    mine = [CASES[name](problem) for name in (OURS_OF_A_LARGE_SET if large else OURS)]
     jobs = [job for case in [*mine, *present] for job in case.jobs]
     clock, timer = timer_for(settings.device, unit.threads)
     measured = interleave(jobs, settings.rounds, timer, seconds=settings.seconds)
