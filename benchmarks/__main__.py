@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe, slug
-from benchmarks.output import read, shown, tables, write
+from benchmarks.output import read, read_versions, shown, tables, write
 from benchmarks.peers import PEERS
 from benchmarks.record import Result, Settings, Unit
 from benchmarks.runner import results_apart, results_here
@@ -108,8 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[Result] = []
     if options.add and stem.with_suffix(".json").exists():
         again = {(unit.suite, unit.set, unit.threads) for unit in units}
-        before = read(stem.with_suffix(".json"))
-        results = [r for r in before if (r.suite, r.set, r.threads) not in again]
+        path = stem.with_suffix(".json")
+        results = [r for r in read(path) if (r.suite, r.set, r.threads) not in again]
+        # peers that are not there now, but whose figures stay
+        machine["versions"] = read_versions(path) | machine["versions"]
     written: list[str] = []
     for unit in units:
         begin = time.perf_counter()

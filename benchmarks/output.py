@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.record import Result
 from benchmarks.suites import SUITES
 
-__all__ = ["read", "shown", "tables", "write"]
+__all__ = ["read", "read_versions", "shown", "tables", "write"]
 
 
 def shown(result: Result) -> str:
@@ -85,6 +85,12 @@ def read(path: Path) -> list[Result]:
         Result(**{**{name: row[name] for name in names}, "samples": tuple(row["samples"])})
         for row in rows
     ]
+
+
+def read_versions(path: Path) -> dict[str, str]:
+    """Return the versions of what an earlier run found."""
+    versions: dict[str, str] = json.loads(path.read_text())["versions"]
+    return versions
 
 
 def write(results: Sequence[Result], machine: dict[str, Any], stem: Path) -> list[str]:

@@ -155,11 +155,15 @@ def test_earlier_results_are_kept(tmp_path: Path) -> None:
     """With --add, suites that are not run again keep their rows; others are replaced."""
     common = ["--quick", "--here", "--output", str(tmp_path)]
     assert main(["growth", *common]) == 0
+    written = json.loads((tmp_path / "quick.json").read_text())
+    written["versions"]["a-peer"] = "1.2"
+    (tmp_path / "quick.json").write_text(json.dumps(written))
     assert main(["solvers", "--add", *common]) == 0
     assert main(["solvers", "--add", *common]) == 0
     names = [(r.suite, r.name) for r in output.read(tmp_path / "quick.json")]
     assert len(set(names)) == len(names)
     assert {suite for suite, _ in names} == {"growth", "solvers"}
+    assert output.read_versions(tmp_path / "quick.json")["a-peer"] == "1.2"
 
 
 def test_table_of_targets() -> None:
