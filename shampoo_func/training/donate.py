@@ -50,8 +50,6 @@ def donate(step: Callable[..., tuple[Any, ...]], donated: int = 2) -> Callable[.
 
     @functools.wraps(step)
     def donated_step(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            _look_at_last_first(args[:donated])
         results = step(*args, **kwargs)
         if not isinstance(results, tuple) or len(results) < donated or len(args) < donated:
             raise DonationError(
@@ -62,18 +60,6 @@ def donate(step: Callable[..., tuple[Any, ...]], donated: int = 2) -> Callable[.
         return (*args[:donated], *results[donated:])
 
     return donated_step
-
-
-def _look_at_last_first(donated: tuple[Tree, ...]) -> None:
-    """Make a graph write the state before the parameters.
-
-    A graph's inputs are in the order in which they are first looked at, and so are the copies
-    into them at its end. Inductor computes a new average and writes it in one loop if no more
-    than 64 operations lie between; behind the copies of many parameters it would read all that
-    the average is made of again.
-    """
-    for argument in reversed(donated):
-        tree.flatten(argument)
 
 
 def _overwrite(old: tuple[Tree, ...], new: tuple[Tree, ...]) -> None:
