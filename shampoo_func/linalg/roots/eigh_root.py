@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_func.errors import HyperparameterError, check_choice, check_dtype, check_number
 from shampoo_func.linalg._shapes import Float
+from shampoo_func.linalg.roots.scaled import eye_like
 from shampoo_func.linalg.roots.spectral import spectral_root
 from shampoo_func.linalg.scaling import compute_dtype as dtype_of_arithmetic
 from shampoo_func.linalg.scaling import computed_once
@@ -124,7 +125,7 @@ class EighRoot(RootSolver):
 
 def _identity(matrix: Tensor) -> Tensor:
     # from memory: Inductor does not vectorise a loop that compares indices
-    return computed_once(torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
+    return computed_once(eye_like(matrix))
 
 
 def eigh_root(
